@@ -1,0 +1,1 @@
+"""Prove that a conversion was right: three implementations, one verdict."""

@@ -1,0 +1,1 @@
+"""One file per check; the registry is `harness.checks.CHECKS`."""
