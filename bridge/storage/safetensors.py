@@ -1,0 +1,315 @@
+"""Hugging Face checkpoints: sharded safetensors, read by box and written by layout.
+
+The header is parsed here rather than by the `safetensors` package because a conversion needs the
+byte ranges, which that package does not give. Format: 8 bytes of little-endian header length, that
+many bytes of JSON, then the data. Source: https://github.com/huggingface/safetensors, README.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Final, Self
+
+from bridge.dtypes import Words, dtype_from_safetensors
+from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage.files import FileRanges
+from bridge.storage.source import FileLayout, Payload, TensorInfo
+from bridge.tiling import Box
+
+INDEX_NAME: Final = "model.safetensors.index.json"
+SINGLE_NAME: Final = "model.safetensors"
+MAX_HEADER: Final = 100_000_000  # the reference implementation's own limit, in bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTensor:
+    """Where a tensor's bytes are."""
+
+    info: TensorInfo
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardHeader:
+    """One file's head: its raw bytes, length prefix included, and what they say."""
+
+    file: str
+    raw: bytes
+    tensors: Mapping[str, StoredTensor]
+
+
+def read_header(directory: Path, file: str) -> ShardHeader:
+    """Read and check the header of one safetensors file.
+
+    Raises:
+        CorruptFileError: BR302, lengths, offsets, shapes or dtypes that contradict each other.
+    """
+    path = directory / file
+    try:
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            prefix = stream.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+            if length > min(MAX_HEADER, size - 8):
+                raise CorruptFileError(
+                    "the header is longer than the file or than any header may be", where=str(path)
+                )
+            body = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+    return parse_header(prefix + body, file=file, size=size, where=str(path))
+
+
+def parse_header(raw: bytes, *, file: str, size: int, where: str) -> ShardHeader:
+    """Parse raw header bytes of a file of `size` bytes. Raises as `read_header`."""
+    try:
+        entries = json.loads(raw[8:], object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+        spans = sorted(
+            (_stored(name, entry, file, len(raw), where) for name, entry in entries.items()),
+            key=lambda pair: pair[1].offset,
+        )
+    except CorruptFileError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptFileError(f"the header is not safetensors': {error}", where=where) from None
+    position = len(raw)
+    for name, stored in spans:
+        if stored.offset != position:
+            raise CorruptFileError(
+                f"{name} starts at byte {stored.offset}, expected {position}: the data has a hole "
+                "or an overlap",
+                where=where,
+            )
+        position += stored.info.nbytes
+    if position != size:
+        raise CorruptFileError(
+            f"the header describes {position} bytes, the file has {size}",
+            where=where,
+            hint="the file is truncated or damaged: copy or download it again",
+        )
+    return ShardHeader(file=file, raw=raw, tensors=dict(spans))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _stored(
+    name: str, entry: Mapping[str, Any], file: str, data_start: int, where: str
+) -> tuple[str, StoredTensor]:
+    shape = tuple(entry["shape"])
+    start, stop = entry["data_offsets"]
+    integers = (*shape, start, stop)
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in integers):
+        raise CorruptFileError(f"{name} has a shape or offset that is no size", where=where)
+    dtype = dtype_from_safetensors(entry["dtype"], where=f"{where}: {name}")
+    info = TensorInfo(shape=shape, dtype=dtype)
+    if info.nbytes != stop - start:
+        raise CorruptFileError(
+            f"{name} of shape {shape} needs {info.nbytes} bytes, the header gives {stop - start}",
+            where=where,
+        )
+    return name, StoredTensor(info=info, file=file, offset=data_start + start)
+
+
+class SafetensorsSource:
+    """The tensors of a Hugging Face checkpoint directory.
+
+    Raises:
+        CheckpointError: BR300, there are no safetensors files, or the index names others.
+        CorruptFileError: BR302, a header or the index contradicts the files.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.headers = {name: read_header(directory, name) for name in _weight_files(directory)}
+        self._stored: dict[str, StoredTensor] = {}
+        for header in self.headers.values():
+            for name, stored in header.tensors.items():
+                if name in self._stored:
+                    raise CorruptFileError(
+                        f"{name} is in {self._stored[name].file} and in {header.file}",
+                        where=str(directory),
+                    )
+                self._stored[name] = stored
+        self.tensors = {name: stored.info for name, stored in self._stored.items()}
+        _check_index(directory, {name: stored.file for name, stored in self._stored.items()})
+        self._files = FileRanges(directory)
+
+    def read_into(self, name: str, box: Box, out: Words) -> None:
+        """Fill `out` with a box; see `TensorSource`."""
+        stored = self._stored[name]
+        self._files.read_box(
+            stored.file,
+            stored.offset,
+            shape=stored.info.shape,
+            word=stored.info.dtype.word,
+            box=box,
+            out=out,
+        )
+
+    def close(self) -> None:
+        """Release the files."""
+        self._files.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _weight_files(directory: Path) -> list[str]:
+    try:
+        found = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot list the directory: {error.strerror}", where=str(directory)
+        ) from None
+    index = _read_index(directory)
+    if index is not None:
+        named = sorted({str(name) for name in index.values()})
+        strange = [name for name in named if PurePosixPath(name).name != name or "\\" in name]
+        if strange:
+            raise CorruptFileError(
+                f"the index names files outside the directory: {', '.join(strange)}",
+                where=str(directory / INDEX_NAME),
+            )
+        missing = sorted(set(named) - set(found))
+        if missing:
+            raise CheckpointError(
+                f"{len(missing)} of {len(named)} weight files are not there",
+                where=[str(directory / name) for name in missing],
+                hint="the download or copy is incomplete",
+            )
+        return named
+    if found == [SINGLE_NAME]:
+        return found
+    raise CheckpointError(
+        f"neither {SINGLE_NAME} nor {INDEX_NAME} is there",
+        where=str(directory),
+        hint="a Hugging Face checkpoint with safetensors weights is expected; older .bin weights "
+        "can be saved again with transformers' save_pretrained",
+    )
+
+
+def _read_index(directory: Path) -> Mapping[str, object] | None:
+    path = directory / INDEX_NAME
+    try:
+        index = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        weight_map = index["weight_map"]
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointError(f"cannot read the index: {error.strerror}", where=str(path)) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptFileError(
+            f"not an index of safetensors files: {error}", where=str(path)
+        ) from None
+    if not isinstance(weight_map, dict):
+        raise CorruptFileError("weight_map is not an object", where=str(path))
+    return weight_map
+
+
+def _check_index(directory: Path, where_found: Mapping[str, str]) -> None:
+    index = _read_index(directory)
+    if index is None:
+        return
+    wrong = sorted(
+        name
+        for name in index.keys() | where_found.keys()
+        if index.get(name) != where_found.get(name)
+    )
+    if wrong:
+        raise CorruptFileError(
+            f"the index is stale: {len(wrong)} tensors are not where it says",
+            where=[
+                f"{name}: index says {index.get(name)}, found in {where_found.get(name)}"
+                for name in wrong[:20]
+            ],
+        )
+
+
+def layout_shards(
+    tensors: Mapping[str, TensorInfo], *, max_shard_size: int
+) -> tuple[list[FileLayout], bytes | None]:
+    """Cut tensors into shard files the way transformers names them.
+
+    Args:
+        tensors: In the order of the model; shards are filled in that order.
+        max_shard_size: In bytes. A single tensor may exceed it.
+
+    Returns:
+        The files and, when there are several, the bytes of the index.
+    """
+    shards: list[dict[str, TensorInfo]] = [{}]
+    filled = 0
+    for name, info in tensors.items():
+        if shards[-1] and filled + info.nbytes > max_shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = info
+        filled += info.nbytes
+    if len(shards) == 1:
+        return [layout_shard(SINGLE_NAME, shards[0])], None
+    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
+    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+    index = {
+        "metadata": {"total_size": total_nbytes(tensors.values())},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    files = [layout_shard(file, shard) for file, shard in zip(names, shards, strict=True)]
+    return files, json.dumps(index, indent=2).encode() + b"\n"
+
+
+def layout_shard(file: str, tensors: Mapping[str, TensorInfo]) -> FileLayout:
+    """Lay out one file: wide dtypes first, then by name, as the reference implementation does."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, info in ordered:
+        header[name] = {
+            "dtype": info.dtype.safetensors,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        position += info.nbytes
+    body = json.dumps(header, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    raw = struct.pack("<Q", len(body)) + body
+    return layout_from_header(parse_header(raw, file=file, size=len(raw) + position, where=file))
+
+
+def layout_from_header(header: ShardHeader) -> FileLayout:
+    """The layout of a file whose header is given: how an export gets the source's own bytes."""
+    payloads = [
+        Payload(
+            tensor=name, box=Box.whole(stored.info.shape), offset=stored.offset,
+            nbytes=stored.info.nbytes,
+        )
+        for name, stored in header.tensors.items()
+    ]  # fmt: skip
+    size = len(header.raw) + sum(payload.nbytes for payload in payloads)
+    return FileLayout(
+        path=header.file, size=size, literals=((0, header.raw),), payloads=tuple(payloads)
+    )
+
+
+def total_nbytes(tensors: Iterable[TensorInfo]) -> int:
+    """Bytes of all tensors together."""
+    return sum(info.nbytes for info in tensors)
