@@ -19,7 +19,7 @@ from bridge.parameters import (
     embedding_num_parameters,
     output_num_parameters,
 )
-from bridge.spec import ModelSpec, ParallelLayout
+from bridge.spec import Linear, ModelSpec, ParallelLayout
 
 _NAME_PART: Final = re.compile(r"(tp|pp|vp)([1-9][0-9]*)|(sp)")
 _FARTHEST_MOVE: Final = 4
@@ -59,7 +59,7 @@ def plan_layout(
         PipelineParallelError: BR202, more stages than layers, or stages that do not add up.
         TensorParallelError: BR201, sizes that TP does not divide, or sequence parallelism without
             TP.
-        LayoutError: BR200, sizes that contradict one another.
+        LayoutError: BR200, sizes that contradict one another, or see `refuse_broken_layout`.
     """
     tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
     vpp = (
@@ -94,7 +94,29 @@ def plan_layout(
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
     layout.validate_for(spec)
+    refuse_broken_layout(spec, layout)
     return layout
+
+
+def refuse_broken_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
+    """Refuse a layout that Megatron-Core builds and then fails to run.
+
+    Raises:
+        LayoutError: BR200, linear replacements under sequence parallelism. Source: megatron-core
+            0.16.1 `_gather_from_tensor_parallel_region` pads the sequence where it means the
+            hidden size (`F.pad` counts dimensions from the last), so shapes no longer match.
+    """
+    linears = [
+        f"block {layer_idx}"
+        for layer_idx, block in enumerate(spec.blocks)
+        if Linear() in (block.attention, block.ffn)
+    ]
+    if layout.sequence_parallel and linears:
+        raise LayoutError(
+            "Megatron-Core cannot run linear replacements under sequence parallelism",
+            where=linears,
+            hint=f"use {layout.name.removesuffix('-sp')}",
+        )
 
 
 def parse_layout(

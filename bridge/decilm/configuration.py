@@ -8,12 +8,11 @@ class gives back what it was given, changed only where somebody changed an attri
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Final, cast
 
 import torch
 from transformers import PretrainedConfig
-from transformers import __version__ as transformers_version
 
 from bridge.spec import ModelSpec
 
@@ -32,8 +31,20 @@ _DEFAULTS: Final[Mapping[str, object]] = {
 _DEFAULT_ROPE_THETA: Final = 10000.0
 _ROPE_KEYS: Final = ("rope_parameters", "rope_scaling", "rope_theta")
 _DTYPE_KEYS: Final = ("torch_dtype", "dtype")
+_DTYPE_ATTRIBUTE: Final = (
+    "dtype"  # from transformers 4.56 on
+    if isinstance(getattr(PretrainedConfig, "torch_dtype", None), property)
+    else "torch_dtype"
+)
 _CALL_ARGUMENTS: Final = frozenset(
-    {"attn_implementation", "experts_implementation", "name_or_path", "trust_remote_code"}
+    {
+        "_commit_hash",
+        "_from_auto",
+        "attn_implementation",
+        "experts_implementation",
+        "name_or_path",
+        "trust_remote_code",
+    }
 )
 """What `from_pretrained` mixes into the fields: arguments of the call, not of the model."""
 
@@ -58,6 +69,7 @@ class DeciLMConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is n
 
     def __init__(self, **kwargs: object) -> None:
         source = {key: value for key, value in kwargs.items() if key not in _CALL_ARGUMENTS}
+        self._carried_fields: frozenset[str] = frozenset()
         dtypes = [source.pop(key) for key in ("dtype", "torch_dtype") if key in source]
         self._dtype_key = next((key for key in _DTYPE_KEYS if key in kwargs), "torch_dtype")
         if dtypes:  # a dtype argument of the call outranks the file's torch_dtype
@@ -67,7 +79,7 @@ class DeciLMConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is n
             for key, value in source.items()
         }
 
-        fields = {**_DEFAULTS, **kwargs}
+        fields = {**_DEFAULTS, **copy.deepcopy(kwargs)}
         for key in (*_ROPE_KEYS, *_DTYPE_KEYS):
             fields.pop(key, None)
         if fields.get("num_hidden_layers") is None and isinstance(fields["block_configs"], list):
@@ -79,6 +91,10 @@ class DeciLMConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is n
             setattr(self, key, fields.get(key, value))
         self.rope_parameters = _merged_rope(source)
         self._as_loaded = self._snapshot()
+
+    def carry_fields(self, names: Collection[str]) -> None:
+        """Let these unknown fields through unread, by the caller's word."""
+        self._carried_fields = frozenset(names)
 
     @property
     def rope_theta(self) -> object:
@@ -110,7 +126,8 @@ class DeciLMConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is n
 
         # A bare DeciLMModel saves its own name as the architecture.
         return spec_from_hf_config(
-            {**self.to_diff_dict(), "architectures": ["DeciLMForCausalLM"]}
+            {**self.to_diff_dict(), "architectures": ["DeciLMForCausalLM"]},
+            carry=self._carried_fields,
         )
 
     def to_diff_dict(self) -> dict[str, object]:
@@ -133,7 +150,6 @@ class DeciLMConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is n
             written[self._dtype_key] = changed.pop(_DTYPE_ATTRIBUTE)
         written.update({key: changed[key] for key in changed if key not in _WRITTEN_BY})
         written["model_type"] = self.model_type
-        written.setdefault("transformers_version", transformers_version)
         return written
 
     def to_dict(self) -> dict[str, object]:
@@ -156,4 +172,23 @@ class DeciLMConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is n
         return copy.deepcopy(attributes)
 
 
-_DTYPE_ATTRIBUTE: Final = "dtype" if isinstance(PretrainedConfig().__dict__.get("dtype", 0), (type(None), torch.dtype)) else "torch_dtype"
+def _dtype_name(value: object) -> object:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _merged_rope(source: Mapping[str, object]) -> dict[str, object]:
+    """The RoPE fields in the form of transformers 5: one mapping, `rope_theta` inside."""
+    values = source.get("rope_parameters") or source.get("rope_scaling") or {}
+    values = dict(values) if isinstance(values, Mapping) else {}
+    theta = values.get("rope_theta", source.get("rope_theta", _DEFAULT_ROPE_THETA))
+    kind = values.get("rope_type", values.get("type", "default"))
+    return {**copy.deepcopy(values), "rope_type": kind, "rope_theta": theta}
+
+
+def _split_rope(rope: Mapping[str, object], *, as_one: bool) -> dict[str, object]:
+    """The RoPE fields in the form of the file they came from, that of transformers 4 otherwise."""
+    if as_one:
+        return {"rope_parameters": dict(rope)}
+    values = {key: value for key, value in rope.items() if key != "rope_theta"}
+    plain = values.keys() <= {"rope_type"} and values.get("rope_type", "default") == "default"
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": None if plain else values}

@@ -55,9 +55,7 @@ def mean_and_std(name: str, shape: Shape) -> tuple[float, float]:
     return 0.0, 1.0 / math.sqrt(shape[-1])
 
 
-def raw_words(
-    seed: int, name: str, start: int, stop: int
-) -> np.ndarray[Any, np.dtype[np.uint64]]:
+def raw_words(seed: int, name: str, start: int, stop: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """Words `start` to `stop` of the stream, one per element, none before them generated."""
     block, skip = divmod(start, 4)
     bits = np.random.Philox(key=stream_key(seed, name), counter=block)

@@ -1,0 +1,389 @@
+"""The conversion commands of `nemotron-bridge`; `harness.cli` adds the verifying ones.
+
+Importing this module imports no torch: `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from bridge import __version__
+from bridge.console import RichProgress, gib, parse_size, print_json, stdout, table
+
+app = typer.Typer(
+    name="nemotron-bridge",
+    help="Move Llama-Nemotron models between Hugging Face and Megatron-Core, and prove it right.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="M", help="Checkpoint directory, config.json, or Hub id such as nvidia/NAME."
+    ),
+]
+HfModel = Annotated[str, typer.Option("--hf-model", help="Checkpoint directory or Hub id.")]
+TpSize = Annotated[
+    int, typer.Option("--tensor-model-parallel-size", "--tp", min=1, help="TP size.")
+]
+PpSize = Annotated[
+    int, typer.Option("--pipeline-model-parallel-size", "--pp", min=1, help="PP size.")
+]
+VppSize = Annotated[
+    int | None,
+    typer.Option(
+        "--virtual-pipeline-model-parallel-size", "--vp", min=1, help="Model parts per PP rank."
+    ),
+]
+VocabDivisor = Annotated[
+    int,
+    typer.Option(
+        "--make-vocab-size-divisible-by", min=1,
+        help="Pad the vocabulary to a multiple of this times TP.",
+    ),
+]  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+MemoryBudget = Annotated[
+    str, typer.Option("--memory-budget", help="Memory for buffers, such as 512MiB.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing target once the new one is done.")
+]
+CarryField = Annotated[
+    list[str] | None,
+    typer.Option("--carry-field", help="Let an unknown configuration field through. Repeatable."),
+]
+Verify = Annotated[
+    Literal["auto", "none"],
+    typer.Option("--verify", help="auto: read the target back and compare every bit."),
+]
+Revision = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit, for a Hub id.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nemotron-bridge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Move Llama-Nemotron models between Hugging Face and Megatron-Core, and prove it right."""
+    del version
+
+
+@app.command("list")
+def list_models(json_: Json = False) -> None:
+    """Show the published checkpoints of the family."""
+    from dataclasses import asdict
+
+    from bridge.family import FAMILY
+
+    if json_:
+        print_json([asdict(member) for member in FAMILY])
+        return
+    rows = table(
+        "checkpoint", "class", "layers", "parameters", "traits", right=("layers", "parameters")
+    )
+    for member in FAMILY:
+        count = f"{member.num_parameters:,}" if member.num_parameters else "51.5 B published"
+        rows.add_row(
+            member.hub_id, member.architecture, str(member.num_layers), count, member.traits
+        )
+    stdout().print(rows)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    tp: TpSize = 1,
+    pp: PpSize = 1,
+    vp: VppSize = None,
+    divisor: VocabDivisor = 128,
+    all_blocks: Annotated[
+        bool, typer.Option("--blocks", help="Show every block, not only the kinds.")
+    ] = False,
+    revision: Revision = None,
+    carry: CarryField = None,
+    json_: Json = False,
+) -> None:
+    """Show a model's blocks, its exact parameters, and what each rank of a layout holds."""
+    from bridge.convert import read_spec
+    from bridge.describe import describe
+    from bridge.hub import resolve_model
+    from bridge.pipeline import plan_layout
+
+    spec = read_spec(resolve_model(model, weights=False, revision=revision), carry=carry or ())
+    layout = plan_layout(
+        spec,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        make_vocab_size_divisible_by=divisor,
+    )
+    found = describe(spec, layout)
+    if json_:
+        print_json(found)
+    else:
+        _print_description(model, found, all_blocks=all_blocks)
+
+
+def _print_description(model: str, found: dict[str, Any], *, all_blocks: bool) -> None:
+    console = stdout()
+    rope = ", ".join(f"{name} {value:g}" for name, value in found["rope"].items())
+    tied = "tied" if found["share_embeddings_and_output_weights"] else "untied"
+    console.print(f"{model}: {found['architecture']}, {found['num_layers']} layers")
+    console.print(
+        f"{found['num_parameters']:,} parameters in {found['num_tensors']} tensors, "
+        f"{gib(found['nbytes'])} in {found['params_dtype']}"
+    )
+    console.print(
+        f"hidden_size {found['hidden_size']}, num_attention_heads {found['num_attention_heads']}, "
+        f"kv_channels {found['kv_channels']}, vocab_size {found['vocab_size']} ({tied}), "
+        f"max_position_embeddings {found['max_position_embeddings']}, "
+        f"layernorm_epsilon {found['layernorm_epsilon']:g}"
+    )
+    console.print(f"RoPE: {rope}\n")
+    if all_blocks:
+        rows = table("layers", "attention", "ffn", "parameters/block", right=("parameters/block",))
+        for run in found["blocks"]:
+            rows.add_row(
+                run["layers"], run["attention"], run["ffn"], f"{run['parameters_per_block']:,}"
+            )
+    else:
+        right = ("blocks", "first", "parameters/block")
+        rows = table("blocks", "first", "attention", "ffn", "parameters/block", right=right)
+        for kind in found["block_kinds"]:
+            rows.add_row(
+                str(kind["num_blocks"]), str(kind["first_layer"]), kind["attention"], kind["ffn"],
+                f"{kind['parameters_per_block']:,}",
+            )  # fmt: skip
+    console.print(rows)
+    console.print(f"\nlayout {found['layout']}, padded_vocab_size {found['padded_vocab_size']}")
+    sizes = ("parameters", "per TP rank", "weights/rank")
+    places = ("pp rank", "vp stage", "layers")
+    stages = table(*places, "also", *sizes, right=(*places, *sizes))
+    for stage in found["stages"]:
+        first, count = stage["first_layer"], stage["num_layers"]
+        ends = [name for name in ("embedding", "output_layer") if stage[name]]
+        stages.add_row(
+            str(stage["pp_rank"]), str(stage["vp_stage"]),
+            f"{first}-{first + count - 1}" if count else "none", ", ".join(ends),
+            f"{stage['parameters']:,}", f"{stage['parameters_per_rank']:,}",
+            gib(stage["nbytes_per_rank"]),
+        )  # fmt: skip
+    console.print(stages)
+
+
+@app.command()
+def plan(
+    model: Model,
+    tp: TpSize = 1,
+    divisor: VocabDivisor = 128,
+    tensor: Annotated[
+        str | None, typer.Option("--tensor", help="Only Megatron parameters matching this pattern.")
+    ] = None,
+    revision: Revision = None,
+    carry: CarryField = None,
+    json_: Json = False,
+) -> None:
+    """Show what a conversion would move: one line per tile. Accounts for the weights if there."""
+    from bridge.convert import read_spec
+    from bridge.hub import resolve_model
+    from bridge.plan import Plan, account_for
+    from bridge.storage.safetensors import SafetensorsSource
+
+    path = resolve_model(model, weights=False, revision=revision)
+    spec = read_spec(path, carry=carry or ())
+    plan = Plan(spec, spec.padded_vocab_size(tp, make_vocab_size_divisible_by=divisor))
+    accounted = path.is_dir() and any(path.glob("*.safetensors"))
+    if accounted:
+        with SafetensorsSource(path) as source:
+            account_for(plan.hf_shapes, source.tensors, where=str(path))
+    tiles = sum(len(tiling.tiles) for tiling in plan.hf_to_mcore.values())
+    if json_:
+        print_json(
+            {
+                "padded_vocab_size": plan.padded_vocab_size,
+                "num_hf_tensors": len(plan.hf_shapes),
+                "num_megatron_parameters": len(plan.mcore_shapes),
+                "num_tiles": tiles,
+                "plan_sha256": plan.digest(),
+                "weights_accounted_for": accounted,
+                "tiles": [line for line in plan.lines() if _matches(line, tensor)],
+            }
+        )
+        return
+    for line in plan.lines():
+        if _matches(line, tensor):
+            typer.echo(line)
+    checked = "weights accounted for" if accounted else "no weights there to account for"
+    typer.echo(
+        f"{len(plan.hf_shapes)} HF tensors, {len(plan.mcore_shapes)} Megatron parameters, "
+        f"{tiles} tiles; {checked}; plan sha256 {plan.digest()}"
+    )
+
+
+def _matches(line: str, pattern: str | None) -> bool:
+    return pattern is None or fnmatch.fnmatchcase(line.partition("[")[0], pattern)
+
+
+@app.command("import")
+def import_(
+    hf_model: HfModel,
+    megatron_path: Annotated[Path, typer.Option("--megatron-path", help="Directory to create.")],
+    tp: TpSize = 1,
+    pp: PpSize = 1,
+    divisor: VocabDivisor = 128,
+    verify: Verify = "auto",
+    memory_budget: MemoryBudget = "1GiB",
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    carry: CarryField = None,
+    json_: Json = False,
+) -> None:
+    """Convert Hugging Face to Megatron torch_dist, and read it back bit by bit.
+
+    The result loads at any TP and PP; the sizes given here only cut its files for those ranks.
+    """
+    from bridge.convert import ConversionOptions, import_checkpoint
+    from bridge.hub import resolve_model
+    from bridge.transfer import TransferLimits
+
+    options = ConversionOptions(
+        limits=TransferLimits(memory_budget=parse_size(memory_budget)),
+        verify=verify,
+        overwrite=overwrite,
+        carry=carry or (),
+        progress=RichProgress(),
+    )
+    report = import_checkpoint(
+        resolve_model(hf_model, weights=True, revision=revision),
+        megatron_path,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        make_vocab_size_divisible_by=divisor,
+        options=options,
+    )
+    _print_report(report.to_dict(), json_)
+
+
+@app.command("export")
+def export(
+    megatron_path: Annotated[
+        Path, typer.Option("--megatron-path", help="Checkpoint root or iteration directory.")
+    ],
+    hf_path: Annotated[Path, typer.Option("--hf-path", help="Directory to create.")],
+    hf_model: Annotated[
+        str | None,
+        typer.Option(
+            "--hf-model", help="Whose config.json and tokenizer to take; not its weights."
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Per file, where the source's cut is unknown.")
+    ] = "5GB",
+    verify: Verify = "auto",
+    memory_budget: MemoryBudget = "1GiB",
+    overwrite: Overwrite = False,
+    revision: Revision = None,
+    carry: CarryField = None,
+    json_: Json = False,
+) -> None:
+    """Convert Megatron torch_dist to Hugging Face, and read it back bit by bit.
+
+    A checkpoint that `import` made gives back the source directory, each file byte for byte.
+    """
+    from bridge.convert import ConversionOptions, export_checkpoint
+    from bridge.hub import resolve_model
+    from bridge.transfer import TransferLimits
+
+    options = ConversionOptions(
+        limits=TransferLimits(memory_budget=parse_size(memory_budget)),
+        verify=verify,
+        overwrite=overwrite,
+        carry=carry or (),
+        progress=RichProgress(),
+    )
+    resolved = None
+    if hf_model is not None:
+        resolved = resolve_model(hf_model, weights=False, revision=revision)
+    report = export_checkpoint(
+        megatron_path,
+        hf_path,
+        hf_model=resolved,
+        max_shard_size=parse_size(max_shard_size),
+        options=options,
+    )
+    _print_report(report.to_dict(), json_)
+
+
+def _print_report(report: dict[str, Any], json_: bool) -> None:
+    if json_:
+        print_json(report)
+        return
+    rate = report["nbytes"] / max(report["convert_seconds"], 1e-9) / 1e9
+    verified = (
+        f"verified bit by bit in {report['verify_seconds']:.1f} s"
+        if report["verified"]
+        else "not verified (--verify none)"
+    )
+    typer.echo(
+        f"{report['source']} -> {report['target']}\n"
+        f"{report['num_parameters']:,} parameters, {report['num_source_tensors']} -> "
+        f"{report['num_target_tensors']} tensors, {report['nbytes'] / 1e9:.3f} GB in "
+        f"{report['convert_seconds']:.1f} s ({rate:.2f} GB/s), {verified}, "
+        f"peak memory {gib(report['peak_rss'])}"
+    )
+    for note in report["notes"]:
+        typer.echo(f"note: {note}")
+
+
+@app.command()
+def synthesize(
+    config: Annotated[Path, typer.Option("--config", help="config.json, or its directory.")],
+    hf_path: Annotated[Path, typer.Option("--hf-path", help="Directory to create.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which weights.")] = 0,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Per file.")] = "5GB",
+    memory_budget: MemoryBudget = "1GiB",
+    overwrite: Overwrite = False,
+    json_: Json = False,
+) -> None:
+    """Write a checkpoint of any configuration with pseudo-random weights, for trials and tests."""
+    from bridge.storage.synthetic import synthesize as write
+    from bridge.transfer import TransferLimits
+
+    started = time.perf_counter()
+    progress = RichProgress()
+    from bridge.convert import read_spec
+    from bridge.parameters import num_parameters
+
+    spec = read_spec(config)
+    with progress.phase("synthesize", num_parameters(spec) * 2) as advance:
+        nbytes = write(
+            config,
+            hf_path,
+            seed=seed,
+            max_shard_size=parse_size(max_shard_size),
+            limits=TransferLimits(memory_budget=parse_size(memory_budget)),
+            advance=advance,
+            overwrite=overwrite,
+        )
+    seconds = time.perf_counter() - started
+    if json_:
+        print_json({"target": str(hf_path), "nbytes": nbytes, "seed": seed, "seconds": seconds})
+    else:
+        typer.echo(f"{hf_path}: {nbytes / 1e9:.3f} GB of synthetic weights in {seconds:.1f} s")

@@ -1,0 +1,93 @@
+"""What the terminal sees: results on stdout, progress and diagnostics on stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from bridge.errors import BridgeError
+
+_UNITS: Final = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+}  # fmt: skip
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
+
+
+class UsageError(BridgeError):
+    """A command line that makes no sense."""
+
+    code = "BR001"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `512MiB`, `5GB`, `1.5 GiB` or a plain number.
+
+    Raises:
+        UsageError: BR001, no such size.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or float(match[1]) <= 0:
+        raise UsageError(f"{text!r} is not a size", hint="write 512MiB, 1GiB or 5GB")
+    return int(float(match[1]) * unit)
+
+
+def gib(nbytes: float) -> str:
+    """Bytes in GiB, for people."""
+    return f"{nbytes / (1 << 30):.2f} GiB"
+
+
+def print_json(data: object) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def stdout() -> Console:
+    """Where results go. Not a terminal: no colours, no wrapping at 80 columns."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 200
+    return console
+
+
+def table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table in the house style."""
+    found = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        found.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return found
+
+
+class RichProgress:
+    """Progress bars on stderr; nothing at all where stderr is not a terminal."""
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show one phase of `total` bytes."""
+        columns: tuple[Any, ...] = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        console = Console(stderr=True)
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda nbytes: progress.advance(task, nbytes)

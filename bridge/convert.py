@@ -1,0 +1,450 @@
+"""Convert a checkpoint file to file: no model is built, memory does not grow with the model.
+
+Both directions run the same way: read the configuration, account for every tensor, lay out the
+target's files, stream them tile by tile, read them back and compare with the source bit by bit,
+and only then let the target appear.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+from bridge import __version__
+from bridge.errors import ConfigError, InconsistentConfigError, VerificationError
+from bridge.hf_config import hf_config_from_spec, load_hf_config, spec_from_hf_config
+from bridge.megatron_args import checkpoint_args, megatron_lm_flags, spec_from_checkpoint_args
+from bridge.parameters import EMBEDDING_ROW
+from bridge.pipeline import plan_layout
+from bridge.plan import Plan, account_for
+from bridge.record import (
+    RECORD_NAME,
+    SIDE_DIRECTORY,
+    SourceRecord,
+    read_record,
+    sha256_of,
+)
+from bridge.spec import ModelSpec
+from bridge.storage.megatron import MegatronSource, layout_megatron
+from bridge.storage.safetensors import (
+    INDEX_NAME,
+    SafetensorsSource,
+    layout_from_header,
+    layout_shards,
+    total_nbytes,
+)
+from bridge.storage.source import FileLayout, TensorInfo, TensorSource
+from bridge.storage.target import new_directory, read_small_file, side_files, write_small_file
+from bridge.tiling import Tiling
+from bridge.transfer import Advance, Digest, TransferLimits, compare, write_files
+
+Verify = Literal["auto", "none"]
+DEFAULT_MAX_SHARD_SIZE: Final = 5_000_000_000
+
+
+class Progress(Protocol):
+    """Somebody who wants to see long work move."""
+
+    def phase(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        """A phase of `total` bytes begins; the value is called with the bytes just done."""
+        ...
+
+
+class Silent:
+    """Nobody is watching."""
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Advance]:
+        """Count nothing."""
+        del name, total
+        yield lambda _nbytes: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionOptions:
+    """How to convert.
+
+    Args:
+        limits: Memory and threads.
+        verify: `auto` reads the target back and compares it with the source bit by bit.
+        overwrite: Replace an existing target, once the new one is complete and verified.
+        carry: Unknown configuration fields to carry along by the caller's word.
+        progress: Who watches.
+    """
+
+    limits: TransferLimits = field(default_factory=TransferLimits)
+    verify: Verify = "auto"
+    overwrite: bool = False
+    carry: Collection[str] = ()
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did. Sizes in bytes, times in seconds."""
+
+    direction: Literal["hf_to_mcore", "mcore_to_hf"]
+    source: str
+    target: str
+    num_parameters: int
+    num_source_tensors: int
+    num_target_tensors: int
+    nbytes: int
+    plan_sha256: str
+    verified: bool
+    convert_seconds: float
+    verify_seconds: float
+    peak_rss: int
+    tensor_sha256: Mapping[str, str]
+    notes: Sequence[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def import_checkpoint(
+    hf: Path,
+    megatron: Path,
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    make_vocab_size_divisible_by: int = 128,
+    options: ConversionOptions | None = None,
+) -> ConversionReport:
+    """Convert a Hugging Face checkpoint to Megatron's `torch_dist`.
+
+    The checkpoint loads at any TP and PP whatever sizes are given here; they decide how far the
+    vocabulary is padded and cut the files the way those ranks would have written them, which makes
+    loading at that layout read nothing twice.
+
+    Args:
+        hf: Directory with `config.json` and safetensors weights.
+        megatron: Directory to create.
+        tensor_model_parallel_size: TP the files are cut for.
+        pipeline_model_parallel_size: PP the files are cut for.
+        make_vocab_size_divisible_by: The vocabulary is padded to a multiple of this times TP.
+        options: Memory, verification, progress.
+
+    Raises:
+        ConfigError: BR1xx, the configuration is not one the bridge can honour.
+        AccountingError: BR301, the tensors are not those of the configuration.
+        VerificationError: BR305, what was written, read back, differs; the target is not created.
+    """
+    options = options or ConversionOptions()
+    spec = read_spec(hf, carry=options.carry)
+    layout = plan_layout(
+        spec,
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        make_vocab_size_divisible_by=make_vocab_size_divisible_by,
+    )
+    plan = Plan(spec, checkpoint_args(spec, layout)["padded_vocab_size"])
+    with SafetensorsSource(hf) as source:
+        account_for(plan.hf_shapes, source.tensors, where=str(hf))
+        dtypes = plan.target_dtypes(plan.hf_to_mcore, source.tensors, where=str(hf))
+        stored = replace(spec, params_dtype=_main_dtype(source.tensors))
+        files = layout_megatron(
+            plan.parameters, dtypes, layout, spec=spec, args=checkpoint_args(stored, layout)
+        )
+        record = SourceRecord(
+            bridge_version=__version__,
+            plan_sha256=plan.digest(),
+            headers={name: header.raw for name, header in source.headers.items()},
+            index=read_small_file(hf / INDEX_NAME) if (hf / INDEX_NAME).is_file() else None,
+        )
+        job = _Job("hf_to_mcore", hf, megatron, plan, options)
+        with new_directory(megatron, overwrite=options.overwrite) as directory:
+            job.write(files.files, directory, source, plan.hf_to_mcore)
+            for name, data in files.small_files.items():
+                write_small_file(directory, name, data)
+            side = _carry(hf, side_files(hf), directory / SIDE_DIRECTORY)
+            with MegatronSource(directory) as written:
+                digests = job.verify(source, written)
+            record = replace(record, tensor_sha256=digests, side_file_sha256=side)
+            write_small_file(directory, RECORD_NAME, record.to_json())
+        return job.report(source.tensors, plan.hf_to_mcore, digests, _import_notes(stored))
+
+
+def export_checkpoint(
+    megatron: Path,
+    hf: Path,
+    *,
+    hf_model: Path | None = None,
+    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    options: ConversionOptions | None = None,
+) -> ConversionReport:
+    """Convert a Megatron `torch_dist` checkpoint to a Hugging Face directory.
+
+    A checkpoint that this bridge imported gives back the source directory, every file of it byte
+    for byte. Any other needs `hf_model` for its `config.json` and tokenizer, or gets a
+    configuration written from the checkpoint's `args`.
+
+    Args:
+        megatron: The checkpoint's root, or one of its iteration directories.
+        hf: Directory to create.
+        hf_model: Directory (or config.json) whose configuration and side files to take. Its
+            weights are not read.
+        max_shard_size: Bytes per weight file, where the source's own division is not known.
+        options: Memory, verification, progress.
+
+    Raises:
+        ConfigError: BR1xx, no configuration, or one that contradicts the checkpoint.
+        AccountingError: BR301, the checkpoint does not hold that model.
+        VerificationError: BR305, what was written, read back, differs; the target is not created.
+    """
+    options = options or ConversionOptions()
+    with MegatronSource(megatron) as source:
+        spec, side_directory, notes = _export_spec(source, hf_model, options.carry)
+        padded = source.tensors.get(EMBEDDING_ROW.name)
+        plan = Plan(spec, padded.shape[0] if padded is not None else spec.vocab_size)
+        account_for(plan.mcore_shapes, source.tensors, where=str(megatron))
+        dtypes = plan.target_dtypes(plan.mcore_to_hf, source.tensors, where=str(megatron))
+        tensors = {
+            name: TensorInfo(shape=shape, dtype=dtypes[name])
+            for name, shape in plan.hf_shapes.items()
+        }
+        record = read_record(source.root) if hf_model is None else None
+        layouts, index = _hf_layouts(tensors, record, max_shard_size, where=str(source.root))
+        job = _Job("mcore_to_hf", megatron, hf, plan, options)
+        with new_directory(hf, overwrite=options.overwrite) as directory:
+            job.write(layouts, directory, source, plan.mcore_to_hf)
+            if index is not None:
+                write_small_file(directory, INDEX_NAME, index)
+            if side_directory is not None:
+                carried = _carry(side_directory, side_files(side_directory), directory)
+                _check_side_files(record, carried, side_directory)
+            else:
+                config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
+                write_small_file(directory, "config.json", config)
+            with SafetensorsSource(directory) as written:
+                digests = job.verify(written, source)
+        if record is not None and digests and record.tensor_sha256:
+            same = sum(record.tensor_sha256.get(name) == digest for name, digest in digests.items())
+            notes.append(f"{same} of {len(digests)} tensors are those of the imported checkpoint")
+        return job.report(source.tensors, plan.mcore_to_hf, digests, notes)
+
+
+def read_spec(model: Path, *, carry: Collection[str] = ()) -> ModelSpec:
+    """The model described by a checkpoint directory's, or a bare, `config.json`."""
+    file = model / "config.json" if model.is_dir() else model
+    return spec_from_hf_config(load_hf_config(model), where=str(file), carry=carry)
+
+
+@dataclass(slots=True)
+class _Job:
+    """The two passes over the data that both directions share, and their times."""
+
+    direction: Literal["hf_to_mcore", "mcore_to_hf"]
+    source_path: Path
+    target_path: Path
+    plan: Plan
+    options: ConversionOptions
+    convert_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    def write(
+        self,
+        layouts: Sequence[FileLayout],
+        directory: Path,
+        source: TensorSource,
+        tilings: Mapping[str, Tiling],
+    ) -> None:
+        """Stream the weights into their files."""
+        total = sum(payload.nbytes for layout in layouts for payload in layout.payloads)
+        started = time.perf_counter()
+        with self.options.progress.phase("convert", total) as advance:
+            write_files(
+                layouts, directory, source, tilings, limits=self.options.limits, advance=advance
+            )
+        self.convert_seconds = time.perf_counter() - started
+
+    def verify(self, hf: TensorSource, megatron: TensorSource) -> dict[str, str]:
+        """Compare both sides bit by bit as they lie on the disk; sha256 of every HF tensor.
+
+        Raises:
+            VerificationError: BR305, with the first differing element of each tensor.
+        """
+        if self.options.verify == "none":
+            return {}
+        started = time.perf_counter()
+        total = total_nbytes(hf.tensors.values())
+        with self.options.progress.phase("verify", total) as advance:
+            digests = compare(
+                hf, megatron, self.plan.mcore_to_hf, limits=self.options.limits, advance=advance
+            )
+        self.verify_seconds = time.perf_counter() - started
+        wrong = [difference(self.plan, digest) for digest in digests if digest.num_different]
+        if wrong:
+            raise VerificationError(
+                f"{len(wrong)} tensors differ from their source after reading them back",
+                where=wrong,
+                hint="suspect the disk or the memory: the target was not created",
+            )
+        return {digest.name: digest.sha256 for digest in digests}
+
+    def report(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        tilings: Mapping[str, Tiling],
+        digests: Mapping[str, str],
+        notes: Sequence[str],
+    ) -> ConversionReport:
+        """Sum up."""
+        sources = {tile.source for tiling in tilings.values() for tile in tiling.tiles} - {None}
+        return ConversionReport(
+            direction=self.direction,
+            source=str(self.source_path),
+            target=str(self.target_path),
+            num_parameters=sum(
+                sum(tile.source_box.volume for tile in tiling.tiles if tile.source)
+                for tiling in tilings.values()
+            ),
+            num_source_tensors=len(sources),
+            num_target_tensors=len(tilings),
+            nbytes=total_nbytes(tensors[name] for name in sources if name is not None),
+            plan_sha256=self.plan.digest(),
+            verified=bool(digests),
+            convert_seconds=self.convert_seconds,
+            verify_seconds=self.verify_seconds,
+            peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            tensor_sha256=dict(digests),
+            notes=tuple(notes),
+        )
+
+
+def difference(plan: Plan, digest: Digest) -> str:
+    """Say where an HF tensor differs: its element, and the Megatron element that holds it."""
+    if digest.first_difference is None:
+        return f"{digest.name}: equal"
+    target, index = plan.mcore_to_hf[digest.name].locate(digest.first_difference)
+    return (
+        f"{digest.name}{list(digest.first_difference)} = {target}{list(index)}: "
+        f"{digest.num_different} elements differ, this one first"
+    )
+
+
+def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
+    """The dtype that most of the bytes have; what `params_dtype` says in the checkpoint's args."""
+    sizes: dict[str, int] = {}
+    for info in tensors.values():
+        sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.nbytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _import_notes(spec: ModelSpec) -> list[str]:
+    try:
+        flags = " ".join(megatron_lm_flags(spec))
+    except ConfigError as error:
+        return [f"{error.message}. {error.hint}"]
+    return [f"Megatron-LM: --load P --use-checkpoint-args {flags}"]
+
+
+def _carry(source: Path, names: Iterable[str], target: Path) -> dict[str, str]:
+    """Copy side files byte for byte; their sha256 by name."""
+    found = {}
+    for name in names:
+        if name in (RECORD_NAME, INDEX_NAME):
+            continue
+        data = read_small_file(source / name)
+        write_small_file(target, name, data)
+        found[name] = sha256_of(data)
+    return found
+
+
+def _check_side_files(
+    record: SourceRecord | None, carried: Mapping[str, str], directory: Path
+) -> None:
+    if record is None:
+        return
+    changed = sorted(
+        name
+        for name in record.side_file_sha256.keys() | carried.keys()
+        if record.side_file_sha256.get(name) != carried.get(name)
+    )
+    if changed:
+        raise VerificationError(
+            "side files are not those that were imported",
+            where=[str(directory / name) for name in changed],
+            hint="restore them, or export with --hf-model to take another directory's",
+        )
+
+
+def _export_spec(
+    source: MegatronSource, hf_model: Path | None, carry: Collection[str]
+) -> tuple[ModelSpec, Path | None, list[str]]:
+    """The model to export, the directory of its side files, and what to tell the user."""
+    notes = [f"ignored: {what}" for what in source.ignored]
+    kept = source.root / SIDE_DIRECTORY
+    directory = hf_model if hf_model is not None else kept if kept.is_dir() else None
+    if directory is None:
+        if source.args is None:
+            raise ConfigError(
+                "the checkpoint says nothing of its model: common.pt holds no args",
+                where=str(source.root),
+                hint="pass --hf-model with the directory or config.json of the original model",
+            )
+        notes.append(
+            "config.json was written from the checkpoint's args; pass --hf-model to take the "
+            "original's, with its tokenizer"
+        )
+        return spec_from_checkpoint_args(source.args, where=source.args_where), None, notes
+    spec = read_spec(directory, carry=carry)
+    if source.args is not None:
+        _check_agreement(source, spec, directory)
+    return spec, directory if directory.is_dir() else directory.parent, notes
+
+
+# Training may change these without changing what the weights mean.
+_FREE: Final = ("params_dtype", "max_position_embeddings")
+
+
+def _check_agreement(source: MegatronSource, spec: ModelSpec, directory: Path) -> None:
+    args = dict(source.args or {})
+    vocab_size = spec.vocab_size if args.get("vocab_size") is None else None
+    rope = spec.rope if args.get("use_rope_scaling") is None else None
+    said = spec_from_checkpoint_args(
+        args, vocab_size=vocab_size, rope=rope, where=source.args_where
+    )
+    wrong = [
+        f"{name}: {getattr(spec, name)} in {directory}, {getattr(said, name)} in the checkpoint"
+        for name in spec.__dataclass_fields__
+        if name not in (*_FREE, "blocks") and getattr(spec, name) != getattr(said, name)
+    ]
+    wrong += [
+        f"block {layer_idx}: {ours} in {directory}, {theirs} in the checkpoint"
+        for layer_idx, (ours, theirs) in enumerate(zip(spec.blocks, said.blocks, strict=False))
+        if ours != theirs
+    ]
+    if len(spec.blocks) != len(said.blocks):
+        wrong.append(f"num_layers: {spec.num_layers} in {directory}, {said.num_layers}")
+    if wrong:
+        raise InconsistentConfigError(
+            "the configuration is not that of the checkpoint",
+            where=wrong,
+            hint="give the configuration of the model that was trained",
+        )
+
+
+def _hf_layouts(
+    tensors: Mapping[str, TensorInfo],
+    record: SourceRecord | None,
+    max_shard_size: int,
+    *,
+    where: str,
+) -> tuple[list[FileLayout], bytes | None]:
+    """The source's own files where they are on record and still fit, else our own division."""
+    if record is not None:
+        headers = record.shard_headers(where)
+        recorded = {
+            name: stored.info for header in headers for name, stored in header.tensors.items()
+        }
+        if recorded == dict(tensors):
+            return [layout_from_header(header) for header in headers], record.index
+    return layout_shards(tensors, max_shard_size=max_shard_size)

@@ -1,0 +1,180 @@
+"""Run a Megatron model that is spread over ranks, stage by stage, and bring its logits together.
+
+A forward pass needs no pipeline schedule: the stages run one after the other, hidden states go from
+rank to rank by plain send and receive, interleaved or not. Every rank of the layout must take part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bridge.errors import InconsistentConfigError, LayoutError
+from bridge.spec import ModelSpec, ParallelLayout, Stage
+
+
+def forward(
+    model_parts: Sequence[Any],
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    *,
+    grad: bool = False,
+) -> torch.Tensor:
+    """Compute the logits of a batch, on every rank.
+
+    Args:
+        model_parts: What `bridge.model.build_model` gave this rank.
+        spec: The model.
+        layout: How it is cut.
+        input_ids: (batch, seq), the same on every rank. With sequence parallelism a sequence that
+            TP does not divide is padded on the right, which a causal model does not see.
+        position_ids: (seq,) or (batch, seq), for RoPE; None for 0..seq-1. Attention stays causal by
+            index, wherever the positions lie.
+        grad: Record the computation, for `backward` on this rank's parameters. Only without
+            pipeline parallelism, because plain send and receive carry no gradient.
+
+    Returns:
+        (batch, seq, vocab_size), in the dtype the model computes in, gathered over TP, without the
+        padding of the vocabulary, and broadcast from the last pipeline rank to all.
+
+    Raises:
+        InconsistentConfigError: BR104, shapes that do not fit, or token ids outside the vocabulary.
+        LayoutError: BR200, gradients across pipeline ranks.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    if grad and layout.pipeline_model_parallel_size > 1:
+        raise LayoutError(
+            f"gradients across the pipeline stages of {layout.name}",
+            hint="use a layout with pipeline_model_parallel_size 1, or Megatron's own schedules",
+        )
+    device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
+    input_ids = input_ids.to(device)
+    if position_ids is not None:
+        position_ids = position_ids.to(device)
+    _check(spec, input_ids, position_ids)
+    batch, num_tokens = input_ids.shape
+    if layout.sequence_parallel:
+        input_ids, position_ids = _pad(input_ids, position_ids, layout)
+    mask = _causal_mask(model_parts, input_ids)
+    pp_rank = parallel_state.get_pipeline_model_parallel_rank()
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    ranks = torch.distributed.get_process_group_ranks(pp_group)
+    stages = list(layout.stages())
+    dtype = _dtype(model_parts)
+    hidden = torch.empty(0)
+    with torch.set_grad_enabled(grad):
+        for stage, following in zip(stages, [*stages[1:], None], strict=True):
+            if stage.pp_rank == pp_rank:
+                hidden = _run(
+                    model_parts[stage.vp_stage], stage, hidden, input_ids, position_ids, mask
+                )
+                if following is not None:
+                    _send(hidden, ranks[following.pp_rank], pp_group)
+            elif following is not None and following.pp_rank == pp_rank:
+                length = input_ids.shape[1]
+                if layout.sequence_parallel:
+                    length //= layout.tensor_model_parallel_size
+                hidden = torch.empty(length, batch, spec.hidden_size, dtype=dtype, device=device)
+                _receive(hidden, ranks[stage.pp_rank], pp_group)
+        if stages[-1].pp_rank == pp_rank:
+            logits: torch.Tensor = gather_from_tensor_model_parallel_region(hidden)
+            logits = logits[:, :num_tokens, : spec.vocab_size].contiguous()
+        else:
+            logits = torch.empty(batch, num_tokens, spec.vocab_size, dtype=dtype, device=device)
+    if layout.pipeline_model_parallel_size > 1:
+        torch.distributed.broadcast(logits, ranks[stages[-1].pp_rank], group=pp_group)
+    return logits
+
+
+def _run(
+    part: Any,  # noqa: ANN401 - GPTModel, which ships no types
+    stage: Stage,
+    hidden: torch.Tensor,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    if not stage.pre_process:
+        part.set_input_tensor(hidden)
+    part.rotary_pos_emb.position_ids = position_ids
+    try:
+        output: torch.Tensor = part(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask
+        )
+    finally:
+        part.rotary_pos_emb.position_ids = None
+        part.set_input_tensor(None)
+    return output
+
+
+def _check(spec: ModelSpec, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
+    wrong = []
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        wrong.append(f"input_ids of shape {tuple(input_ids.shape)} must be (batch, seq)")
+    elif not 0 <= int(input_ids.min()) <= int(input_ids.max()) < spec.vocab_size:
+        # Megatron's sharded embedding masks unknown ids to zero vectors, or reads padding rows.
+        wrong.append(f"input_ids must lie in [0, {spec.vocab_size})")
+    if position_ids is not None and tuple(position_ids.shape) not in {
+        tuple(input_ids.shape),
+        tuple(input_ids.shape[1:]),
+    }:
+        wrong.append(
+            f"position_ids of shape {tuple(position_ids.shape)} for input_ids of shape "
+            f"{tuple(input_ids.shape)}"
+        )
+    if wrong:
+        raise InconsistentConfigError("the model cannot run on this input", where=wrong)
+
+
+def _pad(
+    input_ids: torch.Tensor, position_ids: torch.Tensor | None, layout: ParallelLayout
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    missing = -input_ids.shape[1] % layout.tensor_model_parallel_size
+    if position_ids is not None:
+        position_ids = torch.nn.functional.pad(position_ids, (0, missing))
+    return torch.nn.functional.pad(input_ids, (0, missing)), position_ids
+
+
+def _causal_mask(model_parts: Sequence[Any], input_ids: torch.Tensor) -> torch.Tensor | None:
+    """True where attention must not look, (1, 1, seq, seq); None where no layer reads it."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    if not any(
+        isinstance(module, DotProductAttention) for part in model_parts for module in part.modules()
+    ):
+        return None  # Transformer Engine masks by itself
+    length = input_ids.shape[1]
+    ones = torch.ones(length, length, dtype=torch.bool, device=input_ids.device)
+    return ones.triu(1)[None, None]
+
+
+def _on_gpu() -> bool:
+    # Not `torch.cuda.is_available`: a CPU run may be asked for beside a GPU, see bridge.platform.
+    return not isinstance(torch.cuda.current_device(), torch.device)
+
+
+def _dtype(model_parts: Sequence[Any]) -> torch.dtype:
+    dtype: torch.dtype = model_parts[0].config.params_dtype
+    return dtype
+
+
+def _send(hidden: torch.Tensor, rank: int, group: Any) -> None:  # noqa: ANN401 - ProcessGroup, untyped here
+    torch.distributed.send(_for_wire(hidden.contiguous(), group), rank, group=group)
+
+
+def _receive(hidden: torch.Tensor, rank: int, group: Any) -> None:  # noqa: ANN401 - ProcessGroup, untyped here
+    wire = _for_wire(hidden, group)
+    torch.distributed.recv(wire, rank, group=group)
+    if wire is not hidden:
+        hidden.copy_(wire)
+
+
+def _for_wire(hidden: torch.Tensor, group: Any) -> torch.Tensor:  # noqa: ANN401 - ProcessGroup, untyped here
+    # gloo sends host memory only; it serves GPUs where several ranks share one.
+    return hidden.cpu() if torch.distributed.get_backend(group) == "gloo" else hidden

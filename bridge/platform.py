@@ -1,0 +1,193 @@
+"""The one place that knows a CPU from a GPU, and how a rank joins and leaves Megatron-Core.
+
+Megatron-Core asks `torch.cuda` for its device even where there is none. On a machine without a GPU
+`prepare` answers for it; everything else runs unchanged, over gloo.
+
+Importing this module starts no thread and touches no device, so that rank processes can be forked
+from a server that has it loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform as host
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import torch
+
+from bridge.errors import EnvironmentMissingError, LayoutError
+from bridge.spec import ParallelLayout
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+Device = Literal["cpu", "cuda"]
+
+_TIMEOUT: Final = timedelta(minutes=5)
+_SEED: Final = 1234
+_PACKAGES: Final = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy")
+
+
+def prepare(device: Device = "cpu") -> torch.device:
+    """Make this process fit to run Megatron-Core on a kind of device. May be called again.
+
+    On a CPU, GPUs that CUDA has not been started on are hidden from this process first, and
+    `torch.cuda.current_device` and `torch.cuda.synchronize` then stand for the CPU.
+
+    Returns:
+        The device tensors belong on until `initialize` picks one GPU of several.
+
+    Raises:
+        EnvironmentMissingError: BR500, no GPU where one is asked for, or GPUs that are already in
+            use where the CPU is.
+    """
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise EnvironmentMissingError(
+                "no CUDA device is available", hint="run on the CPU with --device cpu"
+            )
+        return torch.device("cuda", torch.cuda.current_device())
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if torch.cuda.is_available():
+        raise EnvironmentMissingError(
+            "this process already uses a GPU and cannot run Megatron-Core on the CPU",
+            hint="start it with CUDA_VISIBLE_DEVICES set to nothing",
+        )
+    torch.cuda.current_device = _current_device  # type: ignore[assignment]  # Megatron passes it on as `device=` only
+    torch.cuda.synchronize = _synchronize
+    return torch.device("cpu")
+
+
+def _current_device() -> torch.device:
+    return torch.device("cpu")
+
+
+def _synchronize(device: object = None) -> None:
+    """Do nothing: a CPU has no queue to wait for."""
+
+
+def initialize(
+    rank: int,
+    world_size: int,
+    layout: ParallelLayout,
+    *,
+    init_method: str | None = None,
+    store: Store | None = None,
+    device: Device = "cpu",
+    timeout: timedelta = _TIMEOUT,
+    seed: int = _SEED,
+) -> torch.device:
+    """Join `world_size` ranks and form Megatron-Core's groups for a layout.
+
+    Ranks are laid out as Megatron does, TP innermost, PP outermost; with more ranks than the
+    layout needs the rest is data parallel. All ranks are taken to be on this host; they share its
+    GPUs in turn where there are fewer, over gloo then, because NCCL refuses shared devices.
+
+    Args:
+        rank: This process's.
+        world_size: A multiple of `layout.world_size`.
+        layout: How the model is cut.
+        init_method: Where ranks meet, as torch.distributed takes it. A `file://` must be new each
+            time.
+        store: Instead of `init_method`.
+        device: "cpu" or "cuda".
+        timeout: For every collective.
+        seed: Of torch's generator and Megatron's.
+
+    Returns:
+        This rank's device.
+
+    Raises:
+        LayoutError: BR200, the ranks do not fit the layout.
+        EnvironmentMissingError: BR500, see `prepare`.
+    """
+    if world_size % layout.world_size:
+        raise LayoutError(
+            f"{world_size} ranks for layout {layout.name} of {layout.world_size}",
+            hint=f"start a multiple of {layout.world_size} ranks",
+        )
+    mine = prepare(device)
+    backend = "gloo"
+    if device == "cuda":
+        mine = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(mine)
+        if world_size <= torch.cuda.device_count():
+            backend = "nccl"
+    torch.distributed.init_process_group(
+        backend,
+        rank=rank,
+        world_size=world_size,
+        init_method=init_method,
+        store=store,
+        timeout=timeout,
+    )
+    try:
+        _form_groups(layout, timeout)
+        seed_everything(seed, device)
+    except BaseException:
+        finalize()
+        raise
+    return mine
+
+
+def _form_groups(layout: ParallelLayout, timeout: timedelta) -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
+        create_gloo_process_groups=False,
+    )
+
+
+def seed_everything(seed: int = _SEED, device: Device = "cpu") -> None:
+    """Seed torch and put Megatron's RNG tracker in its inference form.
+
+    The ordinary tracker keeps CUDA generator states, which a CPU has none of; the inference one
+    does nothing, and nothing here drops out or initialises.
+    """
+    from megatron.core.tensor_parallel import random
+
+    torch.manual_seed(seed)
+    random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    if device == "cuda":
+        random.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
+
+
+def finalize() -> None:
+    """Leave all groups; the process may then `initialize` again, for any layout."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def describe(device: Device = "cpu") -> dict[str, Any]:
+    """What results were computed on: the device, its host and the versions, for evidence."""
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    found: dict[str, Any] = {
+        "device": device,
+        "machine": host.machine(),
+        "system": host.system(),
+        "python": host.python_version(),
+        "num_threads": torch.get_num_threads(),
+        "versions": versions,
+    }
+    if device == "cuda":
+        found |= {
+            "device_name": torch.cuda.get_device_name(),
+            "device_count": torch.cuda.device_count(),
+            "cuda": torch.version.cuda,
+        }
+    return found

@@ -1,0 +1,207 @@
+"""Megatron `torch_dist` checkpoints under one set of names, stacked or per layer.
+
+Megatron stores the equal layers of a homogeneous model as one tensor with a leading layer
+dimension (`decoder.layers.mlp.linear_fc2.weight`), those of a heterogeneous one each under its own
+name (`decoder.layers.7.mlp.linear_fc2.weight`). Everything else in the bridge knows only the
+latter; this module is where the former is folded and unfolded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from bridge.dtypes import Dtype, Words
+from bridge.parameters import Parameter
+from bridge.spec import ModelSpec, ParallelLayout
+from bridge.storage.source import FileLayout, Payload, TensorInfo
+from bridge.storage.torch_dist_read import TorchDistReader, open_checkpoint
+from bridge.storage.torch_dist_write import (
+    CheckpointLayout,
+    Chunk,
+    empty_extra_state,
+    extra_state_key,
+    layout_checkpoint,
+)
+from bridge.tiling import Box, Shape
+
+_MODEL: Final = re.compile(r"(?:model\.)?(?P<name>(?:embedding|decoder|output_layer)\..*)")
+_PER_LAYER: Final = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.*)")
+_STACKED: Final = re.compile(r"decoder\.layers\.(?P<rest>\D.*)")
+
+# Modules whose (empty) state object strict loaders ask for; TE layers store quantisation there.
+_LINEAR_SUFFIXES: Final = (
+    "linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight",
+    "self_attention.weight", "mlp.weight",
+)  # fmt: skip
+_FINAL_NORM: Final = "decoder.final_layernorm"
+
+
+class MegatronSource:
+    """The model parameters of a `torch_dist` checkpoint, whole and per layer.
+
+    Args:
+        path: The checkpoint's root (with its tracker file) or one of its iteration directories.
+
+    Attributes:
+        root: The directory that holds the tracker and, for our own imports, the record.
+        iteration: As the tracker or the directory says; None for `release`.
+        args: The `args` of `common.pt` as a mapping, None when there are none.
+        ignored: What else is in the checkpoint and not read, one line each.
+
+    Raises:
+        CheckpointError: BR300, not a checkpoint.
+        CorruptFileError: BR302, files that contradict the metadata.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.directory, self.iteration = open_checkpoint(path)
+        self.root = self.directory.parent
+        self._reader = TorchDistReader(self.directory)
+        self.args = _args(self._reader.common())
+        self.args_where = str(self.directory / "common.pt: args")
+        self._stored: dict[str, tuple[str, int | None]] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        ignored: defaultdict[str, int] = defaultdict(int)
+        for key, info in self._reader.tensors.items():
+            match = _MODEL.fullmatch(key)
+            if match is None:
+                ignored[key.split(".")[0]] += info.nbytes
+                continue
+            for name, layer_idx, shape in _unfold(match["name"], info.shape):
+                self._stored[name] = key, layer_idx
+                self.tensors[name] = TensorInfo(shape=shape, dtype=info.dtype)
+        self.ignored = [
+            f"{kind}.* ({nbytes / 1e9:.3g} GB), not part of the model"
+            for kind, nbytes in sorted(ignored.items())
+        ]
+
+    def read_into(self, name: str, box: Box, out: Words) -> None:
+        """Fill `out` with a box; see `TensorSource`."""
+        key, layer_idx = self._stored[name]
+        if layer_idx is not None:
+            box = Box((layer_idx, *box.starts), (layer_idx + 1, *box.stops))
+            out = out[None]
+        self._reader.read_into(key, box, out)
+
+    def close(self) -> None:
+        """Release the files."""
+        self._reader.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _args(common: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    args = common.get("args")
+    if args is None or isinstance(args, Mapping):
+        return args
+    return dict(vars(args))
+
+
+def _unfold(name: str, shape: Shape) -> Iterator[tuple[str, int | None, Shape]]:
+    match = _STACKED.fullmatch(name)
+    if match is None:
+        yield name, None, shape
+        return
+    for layer_idx in range(shape[0] if shape else 0):
+        yield f"decoder.layers.{layer_idx}.{match['rest']}", layer_idx, shape[1:]
+
+
+def layout_megatron(
+    parameters: Mapping[str, Parameter],
+    dtypes: Mapping[str, Dtype],
+    layout: ParallelLayout,
+    *,
+    spec: ModelSpec,
+    args: Mapping[str, Any],
+    iteration: int = 0,
+) -> CheckpointLayout:
+    """Lay out a checkpoint as the ranks of `layout` would have written it.
+
+    Args:
+        parameters: The model's parameters, whole.
+        dtypes: Of each parameter.
+        layout: One `__{rank}_{n}.distcp` group per rank, its chunks the rank's shards.
+        spec: The model; a homogeneous one is stacked.
+        args: For `common.pt`.
+        iteration: Number in the tracker and the directory's name.
+
+    Returns:
+        Files relative to the checkpoint's root, tracker included. Payloads name parameters per
+        layer, stacked or not.
+    """
+    num_layers = None if spec.heterogeneous_block_specs else spec.num_layers
+    stage_of = {layer_idx: stage.pp_rank for stage in layout.stages() for layer_idx in stage.layers}
+    stages = list(layout.stages())
+    tp = layout.tensor_model_parallel_size
+    chunks: list[Chunk] = []
+    objects: dict[str, bytes] = {extra_state_key(_FINAL_NORM): empty_extra_state()}
+    for parameter in parameters.values():
+        if parameter.layer_idx is not None:
+            pp_rank = stage_of[parameter.layer_idx]
+        else:
+            first = parameter.name.startswith("embedding.")
+            pp_rank = stages[0 if first else -1].pp_rank
+        for tp_rank in range(tp if parameter.tp_axis is not None else 1):
+            chunks.extend(
+                _chunk(parameter, box, dtypes[parameter.name], num_layers, pp_rank * tp + tp_rank)
+                for box in parameter.shard_boxes(tp_rank, tp)
+            )
+        if parameter.layer_idx is not None and parameter.name.endswith(_LINEAR_SUFFIXES):
+            objects[_object_key(parameter, num_layers)] = empty_extra_state()
+    found = layout_checkpoint(chunks, objects, args=args, iteration=iteration)
+    return replace(found, files=tuple(_per_layer_payloads(file) for file in found.files))
+
+
+def _per_layer_payloads(file: FileLayout) -> FileLayout:
+    """Name a stacked tensor's chunks by layer, as the tilings do."""
+    return replace(file, payloads=tuple(map(_per_layer_payload, file.payloads)))
+
+
+def _per_layer_payload(payload: Payload) -> Payload:
+    match = _STACKED.fullmatch(payload.tensor)
+    if match is None:
+        return payload
+    box = payload.box
+    return replace(
+        payload,
+        tensor=f"decoder.layers.{box.starts[0]}.{match['rest']}",
+        box=Box(box.starts[1:], box.stops[1:]),
+    )
+
+
+def _object_key(parameter: Parameter, num_layers: int | None) -> str:
+    module = parameter.name.removesuffix(".weight")
+    match = _PER_LAYER.fullmatch(module)
+    if match is None or num_layers is None:
+        return extra_state_key(module)
+    layer_idx = int(match["layer"])
+    return extra_state_key(
+        f"decoder.layers.{match['rest']}", shard=layer_idx, num_shards=num_layers
+    )
+
+
+def _chunk(
+    parameter: Parameter, box: Box, dtype: Dtype, num_layers: int | None, rank: int
+) -> Chunk:
+    key, shape = parameter.name, parameter.shape
+    match = _PER_LAYER.fullmatch(key)
+    if match is not None and num_layers is not None:
+        layer_idx = int(match["layer"])
+        key, shape = f"decoder.layers.{match['rest']}", (num_layers, *shape)
+        box = Box((layer_idx, *box.starts), (layer_idx + 1, *box.stops))
+    return Chunk(key=key, global_shape=shape, dtype=dtype, box=box, file_group=str(rank))

@@ -1,0 +1,119 @@
+"""A checkpoint of any size that nobody stored: every tensor from (seed, name), piece by piece.
+
+The stream is `philox`'s, so the bytes are the same on every machine and no piece needs the ones
+before it. It stands in for published weights where those are not at hand, and makes test
+checkpoints of real dimensions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+
+from bridge.dtypes import Words, dtype_named
+from bridge.hf_config import load_hf_config, spec_from_hf_config
+from bridge.parameters import hf_tensors
+from bridge.spec import ModelSpec
+from bridge.storage.philox import fill_words, mean_and_std
+from bridge.storage.safetensors import INDEX_NAME, layout_shards, total_nbytes
+from bridge.storage.source import TensorInfo
+from bridge.storage.target import new_directory, read_small_file, write_small_file
+from bridge.tiling import Box, Tiling
+from bridge.transfer import Advance, TransferLimits, write_files
+
+DEFAULT_SHARD_SIZE: Final = 5_000_000_000
+
+
+class SyntheticSource:
+    """Pseudo-random weights for every HF tensor of a model, generated when they are read.
+
+    Args:
+        spec: The model.
+        seed: Which weights.
+        dtype: float32 or bfloat16; the spec's own by default.
+    """
+
+    def __init__(self, spec: ModelSpec, *, seed: int = 0, dtype: str | None = None) -> None:
+        self.seed = seed
+        kind = dtype_named(dtype or spec.params_dtype)
+        self.tensors = {
+            name: TensorInfo(shape=shape, dtype=kind) for name, shape in hf_tensors(spec).items()
+        }
+
+    def read_into(self, name: str, box: Box, out: Words) -> None:
+        """Generate a box; see `TensorSource`."""
+        info = self.tensors[name]
+        mean, std = mean_and_std(name, info.shape)
+        if len(info.shape) == 1:
+            rows = [(box.starts[0], out)]
+        elif box.shape[1] == info.shape[1] and out.flags.c_contiguous:
+            rows = [(box.starts[0] * info.shape[1], out.reshape(-1))]
+        else:
+            rows = [
+                ((box.starts[0] + row) * info.shape[1] + box.starts[1], out[row])
+                for row in range(box.shape[0])
+            ]
+        for start, words in rows:
+            filled = words if words.flags.c_contiguous else np.empty(words.shape, words.dtype)
+            fill_words(
+                filled, info.dtype, seed=self.seed, name=name, start=start, mean=mean, std=std
+            )
+            if filled is not words:
+                words[...] = filled
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def synthesize(
+    config: Path,
+    target: Path,
+    *,
+    seed: int,
+    max_shard_size: int,
+    limits: TransferLimits,
+    advance: Advance,
+    overwrite: bool = False,
+) -> int:
+    """Write a synthetic checkpoint of a configuration: shards, index and the `config.json` itself.
+
+    Args:
+        config: A `config.json`, or a directory that holds one.
+        target: Directory to create.
+        seed: Which weights.
+        max_shard_size: Bytes per weight file.
+        limits: Memory and threads.
+        advance: Progress in bytes.
+        overwrite: Replace an existing target.
+
+    Returns:
+        Bytes of weights written.
+    """
+    raw = read_small_file(config / "config.json" if config.is_dir() else config)
+    spec = spec_from_hf_config(load_hf_config(config), where=str(config))
+    source = SyntheticSource(spec, seed=seed)
+    layouts, index = layout_shards(source.tensors, max_shard_size=max_shard_size)
+    whole = {
+        name: Tiling.concatenate([(name, Box.whole(info.shape))])
+        for name, info in source.tensors.items()
+    }
+    with new_directory(target, overwrite=overwrite) as directory:
+        write_files(layouts, directory, source, whole, limits=limits, advance=advance)
+        write_small_file(directory, "config.json", raw)
+        if index is not None:
+            write_small_file(directory, INDEX_NAME, index)
+    return total_nbytes(source.tensors.values())

@@ -1,0 +1,142 @@
+"""Directories that appear whole or not at all, and the small files carried into them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from bridge.errors import CheckpointError, TargetExistsError
+
+_PARTIAL: Final = ".partial-"
+# Weights in any format; an export writes its own.
+_WEIGHT_SUFFIXES: Final = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".nemo"}
+)
+_WEIGHT_NAMES: Final = frozenset(
+    {"model.safetensors.index.json", "pytorch_model.bin.index.json", "consolidated.safetensors"}
+)
+
+
+@contextmanager
+def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Give a directory beside `target` to fill; rename it into place when the block succeeds.
+
+    A failure removes it. A kill leaves a hidden `.NAME.partial-PID` that no reader mistakes for a
+    checkpoint and that the next attempt sweeps away. An existing target is replaced only with
+    `overwrite`, and only once the new one is complete.
+
+    Raises:
+        TargetExistsError: BR304, the target exists and is not an empty directory.
+        CheckpointError: BR300, the system refuses.
+    """
+    target = target.absolute()
+    if _occupied(target) and not overwrite:
+        raise TargetExistsError(
+            "the target already exists",
+            where=str(target),
+            hint="choose another directory, or pass --overwrite to replace it once the new one "
+            "is complete",
+        )
+    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
+    try:
+        _sweep(target)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot create the target: {error.strerror}", where=str(target)
+        ) from None
+    try:
+        yield partial
+        _sync_tree(partial)
+        _put_in_place(partial, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the target: {error.strerror}", where=str(error.filename or target)
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _occupied(target: Path) -> bool:
+    if not target.exists() and not target.is_symlink():
+        return False
+    return not (target.is_dir() and not any(target.iterdir()))
+
+
+def _sweep(target: Path) -> None:
+    for left in target.parent.glob(f".{target.name}{_PARTIAL}*"):
+        pid = left.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync_tree(directory: Path) -> None:
+    for path in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    if not _occupied(target):
+        if target.is_dir():
+            target.rmdir()
+        partial.rename(target)
+        return
+    old = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-old"
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+
+
+def side_files(directory: Path) -> list[str]:
+    """Everything in an HF checkpoint but weights and hidden files, relative, sorted.
+
+    The configuration, tokenizer, generation settings, chat template, remote code, licence and
+    whatever else the publisher put there: an export gives it back byte for byte.
+    """
+    found = []
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        hidden = any(part.startswith(".") for part in relative.parts[:-1])
+        # A download from the Hub is a directory of links to files, so links count as files.
+        if path.is_file() and not hidden and not _is_weight(path):
+            found.append(relative.as_posix())
+    return found
+
+
+def _is_weight(path: Path) -> bool:
+    return path.suffix in _WEIGHT_SUFFIXES or path.name in _WEIGHT_NAMES
+
+
+def write_small_file(directory: Path, name: str, data: bytes) -> None:
+    """Write a file of a directory under construction, and make sure it is on the disk."""
+    path = directory / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write the file: {error.strerror}", where=str(path)
+        ) from error
+
+
+def read_small_file(path: Path) -> bytes:
+    """Read a file whole. Raises CheckpointError BR300 when the system refuses."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(path)) from None

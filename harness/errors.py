@@ -1,0 +1,95 @@
+"""Errors of the harness: a suite that makes no sense, and work that could not be done.
+
+A failed check is a result, never one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from bridge.errors import BridgeError
+
+
+class HarnessError(BridgeError):
+    """A problem of the harness that the user can act on."""
+
+    code = "HN000"
+
+
+class SuiteError(HarnessError):
+    """A suite, a selection or a layout name that cannot be run as written."""
+
+    code = "HN101"
+
+
+class BackendUnavailableError(HarnessError):
+    """A device, or the rank processes that were to use it, cannot be had."""
+
+    code = "HN201"
+    exit_code = 3
+
+
+class WorkerFailedError(HarnessError):
+    """A rank process threw, died or ran out of time.
+
+    Args:
+        message: What is wrong, one sentence.
+        where: Layout and log file.
+        hint: What to do about it.
+        rank: The rank that failed first.
+        rank_traceback: Its traceback, or the stacks of all its threads when it hung.
+        log_tails: The last lines each rank wrote, by rank.
+    """
+
+    code = "HN202"
+    exit_code = 3
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        where: str | Sequence[str] = (),
+        hint: str | None = None,
+        rank: int = 0,
+        rank_traceback: str = "",
+        log_tails: Mapping[int, str] | None = None,
+    ) -> None:
+        super().__init__(message, where=where, hint=hint)
+        self.rank = rank
+        self.rank_traceback = rank_traceback
+        self.log_tails = dict(log_tails or {})
+
+    def __str__(self) -> str:
+        """The diagnostic, then the first failing rank's traceback, then the logs' ends."""
+        parts = [super().__str__()]
+        if self.rank_traceback:
+            parts.append(f"--- traceback of rank {self.rank}\n{self.rank_traceback.rstrip()}")
+        parts += [
+            f"--- end of the log of rank {rank}\n{tail.rstrip()}"
+            for rank, tail in sorted(self.log_tails.items())
+            if tail.strip()
+        ]
+        return "\n".join(parts)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survive pickling, everything included."""
+        fields = {
+            "where": self.where,
+            "hint": self.hint,
+            "rank": self.rank,
+            "rank_traceback": self.rank_traceback,
+            "log_tails": self.log_tails,
+        }
+        return _rebuild, (type(self), self.message, fields)
+
+
+class WorkerTimeoutError(WorkerFailedError):
+    """Ranks that did not finish within the time limit."""
+
+    code = "HN203"
+
+
+def _rebuild(
+    kind: type[WorkerFailedError], message: str, fields: dict[str, object]
+) -> WorkerFailedError:
+    return kind(message, **fields)  # type: ignore[arg-type]  # the fields are those of __reduce__

@@ -1,0 +1,359 @@
+"""A pool of rank processes that stays alive from case to case.
+
+Starting a process that has torch and Megatron-Core imported costs seconds; forking one from a
+server that has them costs milliseconds, and a rank that is already there costs nothing. Ranks form
+new groups whenever the layout changes, meeting in a file of a private directory, so that any number
+of pools run side by side. When a rank throws, dies or hangs, all are ended at once, the error shows
+the one that failed first, and the next call starts afresh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import types
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, Final, Literal, Self
+
+from bridge.spec import ParallelLayout
+from harness.errors import BackendUnavailableError, WorkerFailedError, WorkerTimeoutError
+from harness.ranks import Hook, Outcome, RankFunction, RankSettings, Task, serve
+
+DEFAULT_TIMEOUT: Final = 300.0
+_GRACE: Final = 1.0
+"""Seconds in which the other ranks may still say what happened to them."""
+_STACK_DUMP: Final = 0.3
+"""Seconds for hung ranks to write their stacks."""
+_TAIL_LINES: Final = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Worker:
+    rank: int
+    process: ForkServerProcess
+    connection: Connection
+    log: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Failure:
+    rank: int
+    kind: Literal["ended", "threw", "hung"]
+    what: str
+    outcome: Outcome
+    at: float
+
+    @property
+    def order(self) -> tuple[bool, float]:
+        """First failures first. A rank only dies of itself; others throw because it did."""
+        return self.kind != "ended", self.at
+
+
+class RankPool:
+    """Rank processes on this host.
+
+    Args:
+        device: "cpu" runs gloo, "cuda" NCCL.
+        timeout: Seconds a call may take unless it says otherwise, process start included.
+        log_dir: Where each rank's output goes, as `rank3.log`. By default a private directory that
+            goes away with the pool.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: Literal["cpu", "cuda"] = "cpu",
+        timeout: float = DEFAULT_TIMEOUT,
+        log_dir: Path | None = None,
+    ) -> None:
+        self.device = device
+        self.timeout = timeout
+        self._private = Path(tempfile.mkdtemp(prefix="nemotron-bridge-ranks-"))
+        self.log_dir = log_dir or self._private
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self._workers: list[_Worker] = []
+        self._formed: tuple[object, ...] | None = None
+        self._rendezvous = ""
+        self._generation = 0
+        # Non-daemonic processes (a checkpoint save starts children) are joined at exit: end them
+        # first, whatever became of the pool.
+        self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._private)
+
+    def run(
+        self,
+        layout: ParallelLayout,
+        function: RankFunction,
+        *args: Any,  # noqa: ANN401 - the function's own
+        timeout: float | None = None,
+        hook: Hook | None = None,
+    ) -> list[Any]:
+        """Call `function(context, *args)` on every rank of a layout.
+
+        Args:
+            layout: Groups are formed for it unless they already are.
+            function: Importable by name; its first argument is a `RankContext`.
+            *args: Picklable.
+            timeout: Seconds; None takes the pool's.
+            hook: A context manager to run it in, called with the `RankContext`.
+
+        Returns:
+            What each rank returned, by rank.
+
+        Raises:
+            WorkerFailedError: HN202, a rank threw or died; the first one's traceback is in it.
+            WorkerTimeoutError: HN203, ranks did not finish in time; their stacks are in it.
+            BridgeError: A rank raised one: the same error, with the rank noted.
+            BackendUnavailableError: HN201, the function cannot be sent, or the pool is closed.
+        """
+        if not self._finalizer.alive:
+            raise BackendUnavailableError("the pool of rank processes is closed")
+        limit = self.timeout if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        try:
+            self._start(layout.world_size)
+            self._form(layout)
+            workers = self._workers[: layout.world_size]
+            logged = {worker.rank: _size(worker.log) for worker in workers}
+            task = Task(
+                rendezvous=self._rendezvous,
+                world_size=layout.world_size,
+                layout=layout,
+                function=function,
+                args=args,
+                hook=hook,
+            )
+            _send(workers, task)
+            outcomes, failures = _collect(workers, deadline, limit)
+            if not failures:
+                return [outcomes[worker.rank].value for worker in workers]
+            _dump_stacks([worker for worker in workers if worker.rank not in outcomes])
+            tails = {worker.rank: _tail(worker.log, logged[worker.rank]) for worker in workers}
+        except BaseException:
+            self._end()
+            raise
+        self._end()
+        raise self._error(min(failures, key=lambda one: one.order), layout, tails, function)
+
+    def warm_up(self, num_ranks: int = 1) -> None:
+        """Start importing Megatron-Core and the first ranks, without waiting for either."""
+        self._start(num_ranks)
+
+    def close(self) -> None:
+        """End every rank and remove the private directory."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def pids(self) -> tuple[int, ...]:
+        """Process id of each rank that is alive, by rank."""
+        return tuple(worker.process.pid or 0 for worker in self._workers)
+
+    def _start(self, num_ranks: int) -> None:
+        if any(not worker.process.is_alive() for worker in self._workers):
+            self._end()  # somebody ended a rank between two calls
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["harness.rank_imports"])
+        for rank in range(len(self._workers), num_ranks):
+            ours, theirs = context.Pipe()
+            log = self.log_dir / f"rank{rank}.log"
+            settings = RankSettings(
+                rank=rank, device=self.device, log=log, collective_timeout=2 * self.timeout
+            )
+            process = context.Process(target=serve, args=(theirs, settings), name=f"rank{rank}")
+            with _without_main():
+                process.start()
+            theirs.close()
+            self._workers.append(
+                _Worker(rank=rank, process=process, connection=ours, log=log)
+            )
+
+    def _form(self, layout: ParallelLayout) -> None:
+        """Choose the groups' meeting place; ranks that are not part of the layout leave."""
+        wanted = (
+            layout.tensor_model_parallel_size,
+            layout.pipeline_model_parallel_size,
+            layout.virtual_pipeline_model_parallel_size,
+        )
+        # Groups do not depend on the stages, but a rank's cached models do: `layout` is in the
+        # task, and whoever caches says so in the key.
+        if wanted != self._formed:
+            self._generation += 1
+            self._rendezvous = str(self._private / f"rendezvous-{self._generation}")
+            self._formed = wanted
+            _send(self._workers[layout.world_size :], None)
+
+    def _end(self) -> None:
+        _kill(self._workers)
+        self._formed = None
+
+    def _error(
+        self,
+        failure: _Failure,
+        layout: ParallelLayout,
+        tails: dict[int, str],
+        function: RankFunction,
+    ) -> Exception:
+        outcome = failure.outcome
+        if outcome.error is not None:
+            outcome.error.add_note(f"raised on rank {failure.rank} of layout {layout.name}")
+            return outcome.error
+        name = getattr(function, "__qualname__", str(function))
+        kind = WorkerTimeoutError if failure.kind == "hung" else WorkerFailedError
+        kept = f"; logs in {self.log_dir}" if self.log_dir != self._private else ""
+        return kind(
+            f"rank {failure.rank} of {layout.world_size} {failure.what}",
+            where=f"{name} at layout {layout.name}{kept}",
+            hint="the other ranks were ended; the next case starts new ones",
+            rank=failure.rank,
+            rank_traceback=outcome.traceback or "",
+            log_tails=tails,
+        )
+
+
+def _send(workers: list[_Worker], task: Task | None) -> None:
+    try:
+        message = pickle.dumps(task, protocol=pickle.HIGHEST_PROTOCOL)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise BackendUnavailableError(
+            f"this cannot be sent to rank processes: {error}",
+            hint="rank functions and their arguments must be importable by name and picklable",
+        ) from error
+    for worker in workers:
+        with contextlib.suppress(OSError):  # a dead rank is noticed, and reported, by `_collect`
+            worker.connection.send_bytes(message)
+
+
+def _collect(
+    workers: list[_Worker], deadline: float, limit: float
+) -> tuple[dict[int, Outcome], list[_Failure]]:
+    """Wait for every rank, or for the first failure and a little longer."""
+    pending = {worker.rank: worker for worker in workers}
+    outcomes: dict[int, Outcome] = {}
+    failures: list[_Failure] = []
+    while pending:
+        handles: dict[Any, _Worker] = {}
+        for worker in pending.values():
+            handles[worker.connection] = worker
+            handles[worker.process.sentinel] = worker
+        ready = multiprocessing.connection.wait(
+            list(handles), timeout=max(0.0, deadline - time.monotonic())
+        )
+        if not ready:
+            break
+        for worker in {handles[one].rank: handles[one] for one in ready}.values():
+            del pending[worker.rank]
+            outcome = _receive(worker)
+            if outcome is None:
+                failures.append(_death(worker))
+            else:
+                outcomes[worker.rank] = outcome
+                if outcome.traceback is not None:
+                    what = f"failed with {outcome.what}"
+                    failures.append(
+                        _Failure(
+                            rank=worker.rank, kind="threw", what=what, outcome=outcome,
+                            at=outcome.at,
+                        )
+                    )  # fmt: skip
+        if failures:
+            deadline = min(deadline, min(one.at for one in failures) + _GRACE)
+    if pending and not failures:
+        rank = min(pending)
+        others = f" (nor did ranks {sorted(pending)[1:]})" if len(pending) > 1 else ""
+        what = f"did not finish within {limit:g} s{others}"
+        failures.append(_Failure(rank=rank, kind="hung", what=what, outcome=Outcome(), at=0.0))
+    return outcomes, failures
+
+
+def _receive(worker: _Worker) -> Outcome | None:
+    try:
+        if worker.connection.poll(0):
+            outcome: Outcome = pickle.loads(worker.connection.recv_bytes())  # noqa: S301 - our own child
+            return outcome
+    except (EOFError, OSError):
+        pass
+    return None
+
+
+def _death(worker: _Worker) -> _Failure:
+    worker.process.join(1.0)
+    code = worker.process.exitcode
+    if code is not None and code < 0:
+        what = f"was ended by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            what += ": somebody killed it, or memory ran out"
+    else:
+        what = f"ended by itself with exit code {code}"
+    return _Failure(
+        rank=worker.rank, kind="ended", what=what, outcome=Outcome(), at=time.monotonic()
+    )
+
+
+def _dump_stacks(workers: list[_Worker]) -> None:
+    alive = [worker for worker in workers if worker.process.is_alive()]
+    for worker in alive:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(worker.process.pid or 0, signal.SIGUSR1)
+    if alive:
+        time.sleep(_STACK_DUMP)
+
+
+def _kill(workers: list[_Worker]) -> None:
+    """End ranks and everything they started; nobody is asked nicely."""
+    for worker in workers:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.process.pid or 0, signal.SIGKILL)
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join()
+        worker.connection.close()
+    workers.clear()
+
+
+def _clean_up(workers: list[_Worker], private: Path) -> None:
+    _kill(workers)
+    shutil.rmtree(private, ignore_errors=True)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _tail(path: Path, start: int) -> str:
+    if not path.exists():
+        return ""
+    with path.open("rb") as stream:
+        stream.seek(start)
+        lines = stream.read().decode("utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-_TAIL_LINES:])
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep multiprocessing from importing the user's `__main__` again in every rank.
+
+    A script without a `__main__` guard would otherwise start itself over and over.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

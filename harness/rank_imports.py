@@ -1,0 +1,23 @@
+"""What every rank process needs, imported once in the fork server; ranks then fork in milliseconds.
+
+Nothing here may start a thread or touch a device: a process with either cannot be forked safely.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+# Megatron-Core and its optional packages announce on import what they do not find; the server's
+# streams are the user's terminal.
+with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    warnings.simplefilter("ignore")
+    import megatron.core.dist_checkpointing
+    import megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs
+    import torch.distributed.checkpoint
+
+    import bridge.model
+    import bridge.platform
+    import bridge.storage.megatron
+    import harness.ranks  # noqa: F401 - imported for the processes forked from this one

@@ -1,0 +1,208 @@
+"""The inside of a rank process: a loop that joins layouts and runs functions.
+
+`harness.launcher` starts these processes and talks to them; nothing else needs this module but the
+type of a rank function's first argument, `RankContext`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
+
+from bridge.errors import BridgeError
+from bridge.spec import ParallelLayout
+
+if TYPE_CHECKING:
+    import torch
+
+_Value = TypeVar("_Value")
+_PR_SET_PDEATHSIG: Final = 1
+_KEPT: Final = 2
+"""Values `RankContext.cached` keeps: a model, and the one it is compared with."""
+
+Hook = Callable[["RankContext"], contextlib.AbstractContextManager[None]]
+"""Wrapped around a rank function: how a deliberate fault gets into a rank process. Picklable."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RankContext:
+    """Where a rank function finds itself.
+
+    Args:
+        rank: Of this process, from 0.
+        layout: The layout whose groups are formed.
+        device: Where tensors go.
+    """
+
+    rank: int
+    layout: ParallelLayout
+    device: torch.device
+    _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
+
+    def cached(self, key: Hashable, build: Callable[[], _Value]) -> _Value:
+        """What `build` gave for this key last time, or gives now; forgotten with the layout."""
+        if key not in self._cache:
+            while len(self._cache) >= _KEPT:
+                self._cache.popitem(last=False)
+            self._cache[key] = build()
+        self._cache.move_to_end(key)
+        found: _Value = self._cache[key]
+        return found
+
+    def forget(self) -> None:
+        """Drop everything cached."""
+        self._cache.clear()
+
+
+RankFunction = Callable[..., Any]
+"""`function(context, *args)`, importable by name, with picklable arguments and result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One call of a rank function on every rank of a layout."""
+
+    rendezvous: str
+    """The file that ranks meet at if the groups are not formed yet; names the groups."""
+    world_size: int
+    layout: ParallelLayout
+    function: RankFunction
+    args: tuple[Any, ...]
+    hook: Hook | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a task on one rank; `at` is CLOCK_MONOTONIC, common to all processes."""
+
+    value: Any = None
+    traceback: str | None = None
+    error: BridgeError | None = None
+    """The exception itself when it is one a user can act on."""
+    what: str = ""
+    """The exception in one line."""
+    at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSettings:
+    """What a rank process is started with."""
+
+    rank: int
+    device: Literal["cpu", "cuda"]
+    log: Path
+    collective_timeout: float
+
+
+def serve(connection: Connection, settings: RankSettings) -> None:
+    """Run tasks until the pool hangs up. The target of a rank process."""
+    _settle(settings)
+    group: str | None = None
+    context: RankContext | None = None
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, OSError):
+            return
+        try:
+            task: Task | None = pickle.loads(message)  # noqa: S301 - from our own parent process
+            if task is None or task.rendezvous != group:
+                context = None
+                if group is not None:
+                    _leave()
+                group = None
+            if task is None:
+                continue
+            if context is None:
+                context = _join(task, settings)
+                group = task.rendezvous
+            outcome = Outcome(value=_call(task, context), at=time.monotonic())
+            answer = pickle.dumps(outcome, protocol=pickle.HIGHEST_PROTOCOL)
+        except BaseException as error:  # noqa: BLE001 - reported to the parent, whatever it is
+            answer = pickle.dumps(_failure(error), protocol=pickle.HIGHEST_PROTOCOL)
+        with contextlib.suppress(OSError):
+            connection.send_bytes(answer)
+
+
+def _call(task: Task, context: RankContext) -> Any:  # noqa: ANN401 - the function's own
+    with contextlib.nullcontext() if task.hook is None else task.hook(context):
+        return task.function(context, *task.args)
+
+
+def _failure(error: BaseException) -> Outcome:
+    text = "".join(traceback.format_exception(error))
+    sys.stderr.write(text)
+    sys.stderr.flush()
+    return Outcome(
+        traceback=text,
+        error=error if isinstance(error, BridgeError) else None,
+        what=traceback.format_exception_only(error)[-1].strip().splitlines()[0],
+        at=time.monotonic(),
+    )
+
+
+def _join(task: Task, settings: RankSettings) -> RankContext:
+    from bridge import platform
+
+    device = platform.initialize(
+        settings.rank,
+        task.world_size,
+        task.layout,
+        init_method=f"file://{task.rendezvous}",
+        device=settings.device,
+        timeout=timedelta(seconds=settings.collective_timeout),
+    )
+    return RankContext(rank=settings.rank, layout=task.layout, device=device)
+
+
+def _leave() -> None:
+    from bridge import platform
+
+    platform.finalize()
+
+
+def _settle(settings: RankSettings) -> None:
+    """Own process group, output to the log, stacks on demand, and never outlive the parent."""
+    os.setsid()  # one signal then ends this rank and whatever it has started
+    log = os.open(settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115 - descriptor 1
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115 - descriptor 2
+    faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    # When the fork server goes, so do we; when the user's process goes, the watcher sees it.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+    # Ranks are processes of this host: gloo needs no route to anywhere else.
+    if Path("/sys/class/net/lo").exists():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    import torch
+
+    if settings.device == "cpu":
+        torch.set_num_threads(1)
+
+
+def _die_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,89 @@
+"""The project's jobs: `nox -s parity` is the main one, `nox -l` lists the rest.
+
+All sessions share one virtual environment under `.nox/env`, built once from `constraints.txt` and
+rebuilt when that file or the dependencies change: torch is too big to install four times.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "tests", "parity"]
+nox.options.stop_on_first_error = True
+
+ROOT = Path(__file__).parent
+ENVIRONMENT = ROOT / ".nox" / "env"
+STAMP = ENVIRONMENT / "inputs.sha256"
+
+
+def environment(session: nox.Session) -> str:
+    """Build or reuse the shared environment; the path of its interpreter."""
+    python = ENVIRONMENT / "bin" / "python"
+    inputs = [(ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml")]
+    wanted = hashlib.sha256(b"\0".join([sys.version.encode(), *inputs])).hexdigest()
+    if not (python.exists() and STAMP.exists() and STAMP.read_text() == wanted):
+        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        session.run(sys.executable, "-m", "venv", str(ENVIRONMENT))
+        session.run(
+            *(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+            *("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[dev]"),
+        )
+        STAMP.write_text(wanted)
+    # One thread per process: ranks and xdist workers share the cores.
+    session.env["OMP_NUM_THREADS"] = "1"
+    session.env["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+    return str(python)
+
+
+@nox.session
+def parity(session: nox.Session) -> None:
+    """Convert a toy of every variant, convert it back, and compare with the real Megatron-Core."""
+    python = environment(session)
+    session.run(python, "-m", "harness", "parity", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run every test that needs no GPU."""
+    python = environment(session)
+    session.run(python, "-m", "pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
+
+
+@nox.session(name="property")
+def property_(session: nox.Session) -> None:
+    """Run the property-based tests; the profile comes from HYPOTHESIS_PROFILE (default ci)."""
+    python = environment(session)
+    session.env.setdefault("HYPOTHESIS_PROFILE", os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+    session.run(python, "-m", "pytest", "tests/property", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, types, spelling and import contracts."""
+    python = environment(session)
+    session.run(python, "-m", "ruff", "check")
+    session.run(python, "-m", "ruff", "format", "--check")
+    session.run(python, "-m", "mypy")
+    session.run("lint-imports")
+    session.run("codespell", "bridge", "harness", "tests", "suites", "README.md", "CHANGELOG.md")
+
+
+@nox.session
+def constraints(session: nox.Session) -> None:
+    """Resolve the dependencies anew and write `constraints.txt`."""
+    python = environment(session)
+    frozen = session.run(python, "-m", "pip", "freeze", "--exclude-editable", silent=True) or ""
+    pins = [line for line in str(frozen).splitlines() if "==" in line]
+    # A local version (+cpu) exists on no index; the plain one lets pip take the local build.
+    text = "\n".join(line.partition("+")[0] for line in pins)
+    (ROOT / "constraints.txt").write_text(
+        f"# What CI installs. `nox -s constraints` writes it.\n{text}\n"
+    )

@@ -1,0 +1,106 @@
+"""Functions for rank processes to run in tests; a module, because ranks import them by name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+from bridge.errors import CheckpointError
+from harness.ranks import RankContext
+
+
+def describe(context: RankContext) -> tuple[int, int, int, int]:
+    """Global rank, and TP rank, PP rank and world size as Megatron-Core has them."""
+    import torch
+    from megatron.core import parallel_state
+
+    return (
+        context.rank,
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        torch.distributed.get_world_size(),
+    )
+
+
+def total(context: RankContext, value: float) -> float:
+    """The sum of `value * (rank + 1)` over all ranks."""
+    import torch
+
+    tensor = torch.tensor([value * (context.rank + 1)])
+    torch.distributed.all_reduce(tensor)
+    return float(tensor)
+
+
+def pid(_context: RankContext) -> int:
+    """Process id."""
+    return os.getpid()
+
+
+def throw_on(context: RankContext, rank: int) -> None:
+    """One rank throws while the others wait for it."""
+    import torch
+
+    print("about to fail", flush=True)  # noqa: T201 - what a rank prints belongs to its log
+    if context.rank == rank:
+        raise ValueError("thrown on purpose")
+    torch.distributed.barrier()
+
+
+def refuse(_context: RankContext) -> None:
+    """An error that a user can act on."""
+    raise CheckpointError("no such checkpoint", where="/there", hint="look elsewhere")
+
+
+def die_on(context: RankContext, rank: int) -> None:
+    """One rank is killed while the others wait for it."""
+    import torch
+
+    if context.rank == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+
+
+def hang_on(context: RankContext, rank: int) -> str:
+    """One rank never returns."""
+    if context.rank == rank:
+        time.sleep(600)
+    return "done"
+
+
+def unpicklable(_context: RankContext) -> object:
+    """A result that cannot travel."""
+    return lambda: None
+
+
+def spawn_child(_context: RankContext) -> int:
+    """Leave a grandchild running; its process id."""
+    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid
+
+
+def environment(_context: RankContext, name: str) -> str | None:
+    """One environment variable."""
+    return os.environ.get(name)
+
+
+def counted(context: RankContext, key: str) -> int:
+    """How often the cached value of this key has been built in this rank."""
+    context.cached(key, lambda: COUNTS.append(key))
+    return COUNTS.count(key)
+
+
+COUNTS: list[str] = []
+
+
+@contextlib.contextmanager
+def lie_about_rank(context: RankContext) -> Iterator[None]:
+    """A hook: rank 1 believes it is rank 7."""
+    true_rank = context.rank
+    if true_rank == 1:
+        context.rank = 7
+    yield
+    context.rank = true_rank
