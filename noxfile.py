@@ -1,6 +1,6 @@
 """The project's jobs: `nox -s parity` is the main one, `nox -l` lists the rest.
 
-All sessions share one virtual environment under `.nox/env`, built once from `constraints.txt` and
+All sessions share one virtual environment under `.nox/env`, built once from `.ci/constraints.txt` and
 rebuilt when that file or the dependencies change: torch is too big to install four times.
 """
 
@@ -27,14 +27,14 @@ STAMP = ENVIRONMENT / "inputs.sha256"
 def environment(session: nox.Session) -> str:
     """Build or reuse the shared environment; the path of its interpreter."""
     python = ENVIRONMENT / "bin" / "python"
-    inputs = [(ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml")]
+    inputs = [(ROOT / name).read_bytes() for name in (".ci/constraints.txt", "pyproject.toml")]
     wanted = hashlib.sha256(b"\0".join([sys.version.encode(), *inputs])).hexdigest()
     if not (python.exists() and STAMP.exists() and STAMP.read_text() == wanted):
         shutil.rmtree(ENVIRONMENT, ignore_errors=True)
         session.run(sys.executable, "-m", "venv", str(ENVIRONMENT))
         session.run(
             *(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-            *("--constraint", str(ROOT / "constraints.txt"), "--editable", f"{ROOT}[dev]"),
+            *("--constraint", str(ROOT / ".ci" / "constraints.txt"), "--editable", f"{ROOT}[dev]"),
         )
         STAMP.write_text(wanted)
     # One thread per process: ranks and xdist workers share the cores.
@@ -78,12 +78,12 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def constraints(session: nox.Session) -> None:
-    """Resolve the dependencies anew and write `constraints.txt`."""
+    """Resolve the dependencies anew and write `.ci/constraints.txt`."""
     python = environment(session)
     frozen = session.run(python, "-m", "pip", "freeze", "--exclude-editable", silent=True) or ""
     pins = [line for line in str(frozen).splitlines() if "==" in line]
     # A local version (+cpu) exists on no index; the plain one lets pip take the local build.
     text = "\n".join(line.partition("+")[0] for line in pins)
-    (ROOT / "constraints.txt").write_text(
+    (ROOT / ".ci" / "constraints.txt").write_text(
         f"# What CI installs. `nox -s constraints` writes it.\n{text}\n"
     )

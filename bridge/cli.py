@@ -259,7 +259,8 @@ def import_(
 
     The result loads at any TP and PP; the sizes given here only cut its files for those ranks.
     """
-    from bridge.convert import ConversionOptions, import_checkpoint
+    from bridge.conversion import ConversionOptions
+    from bridge.convert import import_checkpoint
     from bridge.hub import resolve_model
     from bridge.transfer import TransferLimits
 
@@ -307,7 +308,8 @@ def export(
 
     A checkpoint that `import` made gives back the source directory, each file byte for byte.
     """
-    from bridge.convert import ConversionOptions, export_checkpoint
+    from bridge.conversion import ConversionOptions
+    from bridge.convert import export_checkpoint
     from bridge.hub import resolve_model
     from bridge.transfer import TransferLimits
 

@@ -25,6 +25,10 @@ class Dtype:
     safetensors: str
     itemsize: int
 
+    def __str__(self) -> str:
+        """Torch's name."""
+        return self.name
+
     @property
     def word(self) -> np.dtype[Any]:
         """The little-endian unsigned integer of the same size."""

@@ -80,12 +80,10 @@ def checkpoint_args(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
             at any parallel size that divides `padded_vocab_size`.
 
     Returns:
-        Plain values and one torch.dtype, as `weights_only` loading allows. All four values of
-        llama3 RoPE scaling are there, three of them under names of our own that Megatron-LM
-        ignores, so that an export restores them.
+        Plain values and one `Dtype`, which is stored as torch's own: `weights_only` loading allows
+        them. All four values of llama3 RoPE scaling are there, three of them under names of our own
+        that Megatron-LM ignores, so that an export restores them.
     """
-    import torch
-
     scaling = spec.rope.scaling
     base = spec.rope.rotary_base
     args: dict[str, Any] = {
@@ -123,7 +121,7 @@ def checkpoint_args(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
             make_vocab_size_divisible_by=layout.make_vocab_size_divisible_by,
         ),
         "make_vocab_size_divisible_by": layout.make_vocab_size_divisible_by,
-        "params_dtype": getattr(torch, dtype_named(spec.params_dtype).name),
+        "params_dtype": dtype_named(spec.params_dtype),
         "bf16": spec.params_dtype == "bfloat16",
         "fp16": spec.params_dtype == "float16",
         "tensor_model_parallel_size": 1,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import shutil
@@ -38,6 +39,7 @@ _GRACE: Final = 1.0
 _STACK_DUMP: Final = 0.3
 """Seconds for hung ranks to write their stacks."""
 _TAIL_LINES: Final = 20
+_PRELOAD: Final = ["harness.rank_imports"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +149,11 @@ class RankPool:
         self._end()
         raise self._error(min(failures, key=lambda one: one.order), layout, tails, function)
 
-    def warm_up(self, num_ranks: int = 1) -> None:
-        """Start importing Megatron-Core and the first ranks, without waiting for either."""
-        self._start(num_ranks)
+    @staticmethod
+    def warm_up() -> None:
+        """Start the server that imports Megatron-Core, without waiting for it."""
+        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+        multiprocessing.forkserver.ensure_running()
 
     def close(self) -> None:
         """End every rank and remove the private directory."""
@@ -169,7 +173,7 @@ class RankPool:
         if any(not worker.process.is_alive() for worker in self._workers):
             self._end()  # somebody ended a rank between two calls
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["harness.rank_imports"])
+        context.set_forkserver_preload(_PRELOAD)
         for rank in range(len(self._workers), num_ranks):
             ours, theirs = context.Pipe()
             log = self.log_dir / f"rank{rank}.log"

@@ -57,7 +57,10 @@ class RankContext:
     _cache: OrderedDict[Hashable, Any] = field(default_factory=OrderedDict)
 
     def cached(self, key: Hashable, build: Callable[[], _Value]) -> _Value:
-        """What `build` gave for this key last time, or gives now; forgotten with the layout."""
+        """What `build` gave for this key last time, or gives now; forgotten with the groups.
+
+        A key must name everything the value depends on, the layout's stages included.
+        """
         if key not in self._cache:
             while len(self._cache) >= _KEPT:
                 self._cache.popitem(last=False)
@@ -133,6 +136,7 @@ def serve(connection: Connection, settings: RankSettings) -> None:
             if context is None:
                 context = _join(task, settings)
                 group = task.rendezvous
+            context.layout = task.layout  # same groups, perhaps other stages
             outcome = Outcome(value=_call(task, context), at=time.monotonic())
             answer = pickle.dumps(outcome, protocol=pickle.HIGHEST_PROTOCOL)
         except BaseException as error:  # noqa: BLE001 - reported to the parent, whatever it is

@@ -72,15 +72,17 @@ def _added_mask(
         return attention_mask if padded else None
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
-    capacity = None if past_key_values is None else past_key_values.get_max_cache_shape()
-    kv_length = int(cache_position[-1]) + 1 if capacity is None else int(capacity)
+    batch, length = inputs_embeds.shape[:2]
+    kv_length = length
+    if past_key_values is not None:
+        capacity = past_key_values.get_max_cache_shape()
+        kv_length = past_key_values.get_seq_length() + length if capacity is None else int(capacity)
     slots = torch.arange(kv_length, device=inputs_embeds.device)
-    allowed = slots <= cache_position[:, None]
-    allowed = allowed.expand(inputs_embeds.shape[0], 1, -1, -1)
+    hidden = (slots > cache_position[:, None]).expand(batch, 1, -1, -1)
     if attention_mask is not None:
-        seen = torch.zeros_like(slots, dtype=torch.bool).repeat(inputs_embeds.shape[0], 1)
+        unseen = torch.ones_like(slots, dtype=torch.bool).repeat(batch, 1)
         width = min(kv_length, attention_mask.shape[1])
-        seen[:, :width] = attention_mask[:, :width].bool()
-        allowed = allowed & seen[:, None, None, :]
+        unseen[:, :width] = attention_mask[:, :width] == 0
+        hidden = hidden | unseen[:, None, None, :]
     lowest = torch.finfo(inputs_embeds.dtype).min
-    return torch.where(allowed, 0.0, lowest).to(inputs_embeds.dtype)
+    return torch.zeros_like(hidden, dtype=inputs_embeds.dtype).masked_fill(hidden, lowest)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from reprlib import repr as brief
 
 from bridge.dtypes import Dtype
 from bridge.errors import CheckpointError, CorruptFileError, DtypeMismatchError
@@ -100,7 +101,7 @@ def read_metadata(path: Path) -> Metadata:
     root = unpickle_metadata(data, where=str(path))
     try:
         return _parse(root, str(path))
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise CorruptFileError(
             f"it is no torch.distributed.checkpoint metadata: {error}", where=str(path), hint=_HINT
         ) from None
@@ -162,7 +163,7 @@ def _tensor(
 def _record(fields: Mapping[str, object], key: str, problems: list[str]) -> RecordRange:
     file, offset, length = _text(fields["relative_path"]), fields["offset"], fields["length"]
     if fields.get("transform_descriptors"):
-        raise ValueError(f"{key} is stored compressed: {fields['transform_descriptors']!r}")
+        raise ValueError(f"{key} is stored compressed: {brief(fields['transform_descriptors'])}")
     parts = PurePosixPath(file).parts
     if not parts or ".." in parts or parts[0].startswith("/") or "\\" in file or "\0" in file:
         problems.append(f"{key}: {file!r} is outside the checkpoint")
@@ -206,25 +207,25 @@ def record_problems(metadata: Metadata, sizes: Mapping[str, int | None]) -> dict
 
 def _fields(value: object, *names: str) -> Mapping[str, object]:
     if not isinstance(value, Inert) or not value.is_a(*names):
-        raise TypeError(f"expected {names[0]}, found {value!r}")
+        raise TypeError(f"expected {names[0]}, found {brief(value)}")
     return _dict(value.state or {})
 
 
 def _dict(value: object) -> Mapping[str, object]:
     if not isinstance(value, dict):
-        raise TypeError(f"expected a dict, found {value!r}")
+        raise TypeError(f"expected a dict, found {brief(value)}")
     return value
 
 
 def _list(value: object) -> list[object]:
     if not isinstance(value, list):
-        raise TypeError(f"expected a list, found {value!r}")
+        raise TypeError(f"expected a list, found {brief(value)}")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"expected a string, found {value!r}")
+        raise TypeError(f"expected a string, found {brief(value)}")
     return value
 
 
@@ -232,17 +233,17 @@ def _shape(value: object) -> Shape:
     if not isinstance(value, tuple) or not all(
         type(extent) is int and 0 <= extent < 1 << 63 for extent in value
     ):
-        raise TypeError(f"expected sizes, found {value!r}")
+        raise TypeError(f"expected sizes, found {brief(value)}")
     return value
 
 
 def _dtype(key: str, properties: object) -> Dtype:
     if not isinstance(properties, Inert) or not properties.is_a("TensorProperties"):
-        raise TypeError(f"{key}: expected TensorProperties, found {properties!r}")
+        raise TypeError(f"{key}: expected TensorProperties, found {brief(properties)}")
     state = properties.state
     dtype = state[0] if isinstance(state, tuple) and state else properties.field("dtype")
     if not isinstance(dtype, Dtype):
-        raise DtypeMismatchError(f"unknown dtype {dtype!r}", where=key)
+        raise DtypeMismatchError(f"unknown dtype {brief(dtype)}", where=key)
     return dtype
 
 

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Final, Never, Self
 
 from bridge.dtypes import Dtype, dtype_named
 from bridge.errors import CorruptFileError, DtypeMismatchError
+from bridge.storage.pickle_scan import refuse_bombs
 from bridge.tiling import Shape
 
 STORAGE_DTYPES: Final = {
@@ -151,7 +152,7 @@ def _tensor(
     """Stand in for `torch._utils._rebuild_tensor_v2`, and `_v3`, which also names the dtype."""
     dtype = storage.dtype or (rest[2] if len(rest) > 2 else None)
     if not isinstance(dtype, Dtype):
-        raise DtypeMismatchError(f"a tensor of unknown dtype {dtype!r}")
+        raise DtypeMismatchError(f"a tensor of unknown dtype {getattr(dtype, 'qualname', dtype)!r}")
     shape, strides = _integers(size), _integers(stride)
     if type(offset) is not int or offset < 0 or len(shape) != len(strides):
         raise ValueError(f"not a tensor: offset {offset!r}, size {size!r}, stride {stride!r}")
@@ -295,6 +296,7 @@ def _load(
     where: str,
 ) -> object:
     try:
+        refuse_bombs(data)
         return _Unpickler(data, known, allows).load()
     except (CorruptFileError, DtypeMismatchError) as error:
         hint = "do not load this file with anything that runs pickles: it may be hostile"

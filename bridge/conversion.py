@@ -1,0 +1,174 @@
+"""What both directions of a conversion share: options, report, the passes over the data."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from bridge.errors import VerificationError
+from bridge.plan import Plan
+from bridge.storage.safetensors import total_nbytes
+from bridge.storage.source import FileLayout, TensorInfo, TensorSource
+from bridge.tiling import Tiling
+from bridge.transfer import Advance, Digest, TransferLimits, compare, write_files
+
+Verify = Literal["auto", "none"]
+
+
+class Progress(Protocol):
+    """Somebody who wants to see long work move."""
+
+    def phase(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        """A phase of `total` bytes begins; the value is called with the bytes just done."""
+        ...
+
+
+class Silent:
+    """Nobody is watching."""
+
+    @contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Advance]:
+        """Count nothing."""
+        del name, total
+        yield lambda _nbytes: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionOptions:
+    """How to convert.
+
+    Args:
+        limits: Memory and threads.
+        verify: `auto` reads the target back and compares it with the source bit by bit.
+        overwrite: Replace an existing target, once the new one is complete and verified.
+        carry: Unknown configuration fields to carry along by the caller's word.
+        progress: Who watches.
+    """
+
+    limits: TransferLimits = field(default_factory=TransferLimits)
+    verify: Verify = "auto"
+    overwrite: bool = False
+    carry: Collection[str] = ()
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConversionReport:
+    """What a conversion did. Sizes in bytes, times in seconds."""
+
+    direction: Literal["hf_to_mcore", "mcore_to_hf"]
+    source: str
+    target: str
+    num_parameters: int
+    num_source_tensors: int
+    num_target_tensors: int
+    nbytes: int
+    plan_sha256: str
+    verified: bool
+    convert_seconds: float
+    verify_seconds: float
+    peak_rss: int
+    tensor_sha256: Mapping[str, str]
+    notes: Sequence[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+@dataclass(slots=True)
+class ConversionJob:
+    """The two passes over the data that both directions share, and their times."""
+
+    direction: Literal["hf_to_mcore", "mcore_to_hf"]
+    source_path: Path
+    target_path: Path
+    plan: Plan
+    options: ConversionOptions
+    convert_seconds: float = 0.0
+    verify_seconds: float = 0.0
+
+    def write(
+        self,
+        layouts: Sequence[FileLayout],
+        directory: Path,
+        source: TensorSource,
+        tilings: Mapping[str, Tiling],
+    ) -> None:
+        """Stream the weights into their files."""
+        total = sum(payload.nbytes for layout in layouts for payload in layout.payloads)
+        started = time.perf_counter()
+        with self.options.progress.phase("convert", total) as advance:
+            write_files(
+                layouts, directory, source, tilings, limits=self.options.limits, advance=advance
+            )
+        self.convert_seconds = time.perf_counter() - started
+
+    def verify(self, hf: TensorSource, megatron: TensorSource) -> dict[str, str]:
+        """Compare both sides bit by bit as they lie on the disk; sha256 of every HF tensor.
+
+        Raises:
+            VerificationError: BR305, with the first differing element of each tensor.
+        """
+        if self.options.verify == "none":
+            return {}
+        started = time.perf_counter()
+        total = total_nbytes(hf.tensors.values())
+        with self.options.progress.phase("verify", total) as advance:
+            digests = compare(
+                hf, megatron, self.plan.mcore_to_hf, limits=self.options.limits, advance=advance
+            )
+        self.verify_seconds = time.perf_counter() - started
+        wrong = [difference(self.plan, digest) for digest in digests if digest.num_different]
+        if wrong:
+            raise VerificationError(
+                f"{len(wrong)} tensors differ from their source after reading them back",
+                where=wrong,
+                hint="suspect the disk or the memory: the target was not created",
+            )
+        return {digest.name: digest.sha256 for digest in digests}
+
+    def report(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        tilings: Mapping[str, Tiling],
+        digests: Mapping[str, str],
+        notes: Sequence[str],
+    ) -> ConversionReport:
+        """Sum up."""
+        sources = {tile.source for tiling in tilings.values() for tile in tiling.tiles} - {None}
+        return ConversionReport(
+            direction=self.direction,
+            source=str(self.source_path),
+            target=str(self.target_path),
+            num_parameters=sum(
+                sum(tile.source_box.volume for tile in tiling.tiles if tile.source)
+                for tiling in tilings.values()
+            ),
+            num_source_tensors=len(sources),
+            num_target_tensors=len(tilings),
+            nbytes=total_nbytes(tensors[name] for name in sources if name is not None),
+            plan_sha256=self.plan.digest(),
+            verified=bool(digests),
+            convert_seconds=self.convert_seconds,
+            verify_seconds=self.verify_seconds,
+            peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            tensor_sha256=dict(digests),
+            notes=tuple(notes),
+        )
+
+
+def difference(plan: Plan, digest: Digest) -> str:
+    """Say where an HF tensor differs: its element, and the Megatron element that holds it."""
+    if digest.first_difference is None:
+        return f"{digest.name}: equal"
+    target, index = plan.mcore_to_hf[digest.name].locate(digest.first_difference)
+    return (
+        f"{digest.name}{list(digest.first_difference)} = {target}{list(index)}: "
+        f"{digest.num_different} elements differ, this one first"
+    )

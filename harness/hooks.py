@@ -1,0 +1,64 @@
+"""Where a deliberate mistake can be put in: the seams of a run, in this process and in the ranks.
+
+A run without a fault is a check of the bridge; a run with one is a check of the checks. A fault is
+plain picklable data, so it reaches rank processes; each part is None where all is healthy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bridge.spec import ModelSpec
+from harness.ranks import Hook, RankContext
+
+CodeChange = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """A wrong bridge, a damaged checkpoint, a wrong reference or a wrong launch.
+
+    Args:
+        name: Id; part of every cache key, so that healthy and faulty models are never mixed up.
+        spec: The bridge understands the configuration differently.
+        code: The bridge's code is different: entered around every conversion in this process and
+            around every function in a rank.
+        rank: Something is different on some ranks only.
+        checkpoint: Damages a converted Megatron checkpoint, given its root directory.
+        reference: Changes the Hugging Face model in memory.
+    """
+
+    name: str
+    spec: Callable[[ModelSpec], ModelSpec] | None = None
+    code: CodeChange | None = None
+    rank: Hook | None = None
+    checkpoint: Callable[[Path], None] | None = None
+    reference: Callable[[Any], None] | None = None
+
+    def changed_code(self) -> contextlib.AbstractContextManager[None]:
+        """The changed bridge, for as long as the context lasts."""
+        return contextlib.nullcontext() if self.code is None else self.code()
+
+    @property
+    def hook(self) -> Hook | None:
+        """What rank functions are to be run in; None when ranks are healthy."""
+        return None if self.code is None and self.rank is None else _FaultyRank(self)
+
+
+HEALTHY = Fault(name="healthy")
+
+
+@dataclass(frozen=True, slots=True)
+class _FaultyRank:
+    fault: Fault
+
+    def __call__(self, context: RankContext) -> contextlib.AbstractContextManager[None]:
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.fault.changed_code())
+        if self.fault.rank is not None:
+            stack.enter_context(self.fault.rank(context))
+        return stack  # type: ignore[return-value]  # an ExitStack yields itself, nobody looks

@@ -1,0 +1,117 @@
+"""A process becomes a Megatron-Core rank and ceases to be one, on a CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from bridge import platform
+from bridge.errors import EnvironmentMissingError, LayoutError
+from bridge.spec import ParallelLayout
+
+PP2 = ParallelLayout(pipeline_model_parallel_size=2, num_layers_per_stage=(1, 1))
+LAYOUTS = (
+    ParallelLayout(tensor_model_parallel_size=2, num_layers_per_stage=(2,)),
+    PP2,
+    ParallelLayout(num_layers_per_stage=(2,)),
+    ParallelLayout(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        num_layers_per_stage=(1, 1, 1, 1),
+    ),
+    ParallelLayout(tensor_model_parallel_size=2, num_layers_per_stage=(2,), sequence_parallel=True),
+)
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    """Form the groups of every layout in turn and say what they are."""
+    from megatron.core import parallel_state
+
+    for index, layout in enumerate(LAYOUTS):
+        platform.initialize(
+            rank, 2, layout, init_method=f"file://{folder}/{index}", timeout=timedelta(seconds=60)
+        )
+        total = torch.tensor([rank + 1])
+        torch.distributed.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+        sys.stdout.write(
+            f"{parallel_state.get_tensor_model_parallel_world_size()} "
+            f"{parallel_state.get_pipeline_model_parallel_world_size()} "
+            f"{parallel_state.get_virtual_pipeline_model_parallel_world_size()} "
+            f"{parallel_state.get_data_parallel_world_size()} {int(total)}\n"
+        )
+        platform.finalize()
+        assert not torch.distributed.is_initialized()
+        assert not parallel_state.model_parallel_is_initialized()
+
+
+@pytest.mark.ranks
+def test_the_same_processes_form_one_layout_after_another(tmp_path: Path) -> None:
+    """TP, PP, neither, VPP, TP again: sizes are right and the TP group sums over its ranks."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    ranks = [
+        subprocess.Popen(  # noqa: S603 - our own file
+            [sys.executable, __file__, str(rank), str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    for rank, (output, log) in enumerate(outputs):
+        alone = rank + 1
+        assert output.splitlines() == [
+            "2 1 None 1 3",
+            f"1 2 None 1 {alone}",
+            f"1 1 None 2 {alone}",
+            f"1 2 2 1 {alone}",
+            "2 1 None 1 3",
+        ], log
+
+
+def test_ranks_that_do_not_fill_the_layout_are_refused() -> None:
+    """Before anything waits for anyone."""
+    with pytest.raises(LayoutError, match="3 ranks for layout tp1-pp2 of 2"):
+        platform.initialize(0, 3, PP2, init_method="tcp://127.0.0.1:1")
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_torch_cuda_answers_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`device=torch.cuda.current_device()`, as Megatron writes it, is then the CPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "current_device", torch.cuda.current_device)
+    monkeypatch.setattr(torch.cuda, "synchronize", torch.cuda.synchronize)
+    assert platform.prepare("cpu") == torch.device("cpu")
+    assert torch.ones(2, device=torch.cuda.current_device()).device.type == "cpu"
+    torch.cuda.synchronize()
+    assert platform.prepare("cpu") == torch.device("cpu")
+    with pytest.raises(EnvironmentMissingError, match="no CUDA device"):
+        platform.prepare("cuda")
+
+
+def test_the_description_names_versions_that_are_installed_and_those_that_are_not() -> None:
+    """Evidence must say what ran."""
+    found = platform.describe()
+    assert found["device"] == "cpu"
+    assert found["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert found["versions"]["megatron-core"]
+    assert "transformer-engine" in found["versions"]
+
+
+if __name__ == "__main__":
+    run_rank(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,99 @@
+"""What every test gets: restored global state, Hypothesis profiles, a source made of arrays."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from bridge.dtypes import Words, dtype_named
+from bridge.storage.source import TensorInfo
+from bridge.tiling import Box
+
+settings.register_profile("dev", max_examples=50, deadline=None, print_blob=True)
+settings.register_profile("ci", max_examples=300, deadline=None, print_blob=True, derandomize=True)
+settings.register_profile("nightly", max_examples=5000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True)
+def restore_torch_globals() -> Iterator[None]:
+    """Put torch's default dtype, gradient mode and thread count back, where torch is loaded.
+
+    A test that does not import torch does not pay for it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    grad = torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(grad)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+class ArraySource:
+    """A `TensorSource` of numpy arrays, each element taken as a word of its tensor's dtype.
+
+    Args:
+        arrays: Tensor name to array. Any array is reinterpreted, never converted.
+        dtypes: Tensor name to torch's dtype name; left out, numpy's own name is taken.
+
+    `closed` says whether it was; `reads` lists what was read, to be asserted on.
+    """
+
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, str] | None = None
+    ) -> None:
+        names = dtypes or {}
+        self.tensors = {
+            name: TensorInfo(
+                shape=array.shape, dtype=dtype_named(names.get(name, array.dtype.name))
+            )
+            for name, array in arrays.items()
+        }
+        self.arrays = {
+            name: array.view(self.tensors[name].dtype.word) for name, array in arrays.items()
+        }
+        self.reads: list[tuple[str, Box]] = []
+        self.closed = False
+
+    def read_into(self, name: str, box: Box, out: Words) -> None:
+        """Fill `out`; shapes and dtypes must be exactly right, no broadcasting."""
+        found = self.arrays[name][box.slices]
+        assert found.shape == box.shape, f"{box} sticks out of {name}"
+        assert out.shape == box.shape
+        assert out.dtype == found.dtype
+        self.reads.append((name, box))
+        out[...] = found
+
+    def close(self) -> None:
+        """Remember that it was closed."""
+        self.closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@pytest.fixture(scope="session")
+def array_source() -> Callable[..., ArraySource]:
+    """Make a `TensorSource` of numpy arrays: `array_source(arrays, dtypes={"w": "bfloat16"})`."""
+    return ArraySource
