@@ -65,8 +65,10 @@ class BlockSchema:
         """Whether every block spells both in this schema."""
         return isinstance(blocks, list) and all(
             isinstance(block, Mapping)
-            and self.groups_key in (block.get("attention") or {})
-            and self.width_key in (block.get("ffn") or {})
+            and isinstance(attention := block.get("attention"), Mapping)
+            and isinstance(ffn := block.get("ffn"), Mapping)
+            and self.groups_key in attention
+            and self.width_key in ffn
             for block in blocks
         )
 
@@ -242,6 +244,10 @@ def write_blocks(spec: ModelSpec, *, schema: str | None) -> tuple[list[dict[str,
         if isinstance(block.ffn, SwiGLU)
     )
     name = schema or ("released" if expressible else "puzzletron")
+    if name not in BLOCK_SCHEMAS:
+        raise ConfigError(
+            f"unknown block schema {name!r}", hint=f"known: {', '.join(BLOCK_SCHEMAS)}"
+        )
     if name == "released" and not expressible:
         raise ConfigError(
             "the released block schema cannot state these FFN widths or this head size",

@@ -13,6 +13,7 @@ one error. Nothing is taken from "block 0": each block is read on its own.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,7 @@ from bridge.spec import (
 
 LLAMA: Final = "LlamaForCausalLM"
 DECILM: Final = "DeciLMForCausalLM"
+_MAX_DEPTH: Final = 32
 MODEL_TYPES: Final = {LLAMA: ("llama",), DECILM: ("nemotron-nas", "deci", "decilm")}
 
 
@@ -56,13 +58,32 @@ def load_hf_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"not a configuration: {error}", where=str(file)) from None
     if not isinstance(config, dict):
         raise ConfigError("not a configuration: a JSON object is expected", where=str(file))
+    if _depth_exceeds(config, _MAX_DEPTH):
+        raise ConfigError(
+            f"not a configuration: nested more than {_MAX_DEPTH} levels deep", where=str(file)
+        )
     return config
+
+
+def _depth_exceeds(value: object, limit: int) -> bool:
+    """Whether a JSON value nests deeper: printing, copying and writing such a one would recurse."""
+    level = [value]
+    for _ in range(limit):
+        level = [
+            child
+            for one in level
+            if isinstance(one, dict | list)
+            for child in (one.values() if isinstance(one, dict) else one)
+        ]
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        repeated = sorted({key for key, _ in pairs if sum(key == k for k, _ in pairs) > 1})
+        repeated = sorted(
+            key for key, count in Counter(key for key, _ in pairs).items() if count > 1
+        )
         raise ValueError(f"repeated key {', '.join(repeated)}")
     return found
 
@@ -151,7 +172,7 @@ _MAX_LAYERS: Final = 100_000
 
 def _architecture(config: Mapping[str, Any], where: str) -> str:
     names = config.get("architectures")
-    if isinstance(names, list) and len(names) == 1 and names[0] in MODEL_TYPES:
+    if isinstance(names, list) and len(names) == 1 and names[0] in tuple(MODEL_TYPES):
         model_type = config.get("model_type")
         if model_type not in (None, *MODEL_TYPES[names[0]]):
             raise UnsupportedArchitectureError(

@@ -75,6 +75,10 @@ CARRIED: Final = frozenset(
 )  # fmt: skip
 
 
+# What Megatron's `params_dtype` can be; integers and float8 hold no trainable parameters.
+_FLOATING: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
 @dataclass(slots=True)
 class Findings:
     """Everything wrong with one configuration, gathered before anything is raised."""
@@ -115,7 +119,8 @@ def check_fates(config: Mapping[str, Any], carry: Collection[str], findings: Fin
             if not any(same_value(value, allowed) for allowed in FIXED[name]):
                 findings.unsupported.append(f"{name}={value!r}")
         elif name == "layer_types":
-            odd = sorted({str(kind) for kind in value or ()} - {"full_attention"})
+            kinds = value if isinstance(value, list) else [] if value is None else [value]
+            odd = sorted({str(kind) for kind in kinds} - {"full_attention"})
             if odd:
                 findings.unsupported.append(f"layer_types holds {', '.join(odd)}")
         elif name not in MAPPED and name not in CARRIED and name not in carry:
@@ -175,12 +180,17 @@ class FieldReader:
         if not names:
             return "float32"  # what transformers 4 loads when a configuration names none
         try:
-            return dtype_named(str(next(iter(names.values())))).name
+            dtype = dtype_named(str(next(iter(names.values()))))
         except BridgeError as error:
             self.findings.unsupported.append(error.message)
             return "float32"
+        if dtype.name not in _FLOATING:
+            self.findings.unsupported.append(f"{next(iter(names))}={dtype.name!r}")
+        return dtype.name
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """A finite JSON number; `true` is not one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite JSON number, within the range of a float; `true` is not one."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1023

@@ -64,6 +64,9 @@ def _read_rope_values(
     )
     bad = [key for key in _LLAMA3_VALUES if not is_number(values.get(key))]
     findings.inconsistent.extend(f"{name}.{key} must be given as a number" for key in bad)
+    original = values.get("original_max_position_embeddings")
+    if is_number(original) and original != int(original):
+        findings.inconsistent.append(f"{name}.original_max_position_embeddings must be an integer")
     if bad:
         return RopeSpec(rotary_base=base)
     try:

@@ -91,6 +91,8 @@ def read_record(checkpoint: Path) -> SourceRecord | None:
                 hint="use the version of nemotron-bridge that wrote it, or remove the file and "
                 "export with --hf-model",
             )
+        if any("/" in file or not file.endswith(".safetensors") for file in found["shards"]):
+            raise ValueError("a shard's name is not that of a file")
         return SourceRecord(
             bridge_version=str(found["bridge_version"]),
             plan_sha256=str(found["plan_sha256"]),

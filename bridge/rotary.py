@@ -48,8 +48,8 @@ class PositionedRotaryEmbedding(torch.nn.Module):
     """Stands in for the `rotary_pos_emb` that GPTModel has built.
 
     Set `position_ids`, (seq,) or (batch, seq), before a forward pass and every attention of that
-    model part rotates by them; None restores 0..S-1. The frequencies are a plain attribute, neither parameter nor buffer, so
-    casting a model to bfloat16 leaves them alone.
+    model part rotates by them; None restores 0..S-1. The frequencies are a plain attribute,
+    neither parameter nor buffer, so casting a model to bfloat16 leaves them alone.
 
     Args:
         replaced: Megatron's own module, which still answers for sequence lengths.

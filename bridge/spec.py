@@ -144,6 +144,8 @@ class ModelSpec:
 
     @property
     def _is_plain(self) -> bool:
+        if not self.blocks:
+            return True  # refused for its number of layers
         first = self.blocks[0]
         return (
             isinstance(first.attention, GroupedQueryAttention)
@@ -205,6 +207,10 @@ class ParallelLayout:
         vpp = self.virtual_pipeline_model_parallel_size
         if self.tensor_model_parallel_size < 1 or self.pipeline_model_parallel_size < 1:
             raise LayoutError(f"parallel sizes must be positive, got {self.name}")
+        if self.make_vocab_size_divisible_by < 1:
+            raise LayoutError(
+                f"make_vocab_size_divisible_by={self.make_vocab_size_divisible_by} must be positive"
+            )
         if vpp is not None and (vpp < 1 or self.pipeline_model_parallel_size == 1):
             raise LayoutError(
                 f"virtual_pipeline_model_parallel_size={vpp} needs "

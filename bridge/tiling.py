@@ -118,7 +118,7 @@ class Tiling:
         boxes = [tile.target_box for tile in self.tiles]
         whole = Box.whole(self.shape)
         for box in boxes:
-            if box.volume and box.intersect(whole) != box:
+            if len(box.starts) != len(self.shape) or (box.volume and box.intersect(whole) != box):
                 raise PlanError(f"{box} sticks out of a tensor of shape {self.shape}")
         if sum(box.volume for box in boxes) != whole.volume:
             raise PlanError(
@@ -146,6 +146,8 @@ class Tiling:
         One box is a slice; several are what a TP rank holds of a tensor that is sharded part by
         part, as `linear_fc1` is: its gate rows, then its up rows.
         """
+        if not self.shape:  # a scalar has one box, itself, and no axis
+            return self
         tiles: list[Tile] = []
         position = 0
         for box in boxes:

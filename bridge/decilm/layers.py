@@ -207,7 +207,7 @@ class DeciLMDecoderLayer(nn.Module):
         cache_layer_idx: int,
     ) -> None:
         super().__init__()
-        size, eps = spec.hidden_size, 1e-6
+        size, eps = spec.hidden_size, spec.layernorm_epsilon
         self.self_attn: nn.Module | None
         match block.attention:
             case GroupedQueryAttention() as attention:

@@ -1,1 +1,86 @@
-"""One file per check; the registry is `harness.checks.CHECKS`."""
+"""The checks, each in one file, and the one registry of them.
+
+A check takes a `Case` and the `Bench` and returns a `Finding`. A difference is a finding, never an
+exception; an exception means that the check could not be carried out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from harness.bench import Bench
+    from harness.compare import Finding
+    from harness.suite import Case
+
+Axis = Literal["layout", "probe"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One property that a right conversion has.
+
+    Args:
+        name: As in suites, ids and reports; also the module under `harness.checks`.
+        claim: What holds when it passes, one sentence.
+        axes: What it varies over besides model and dtype.
+    """
+
+    name: str
+    claim: str
+    axes: frozenset[Axis] = frozenset()
+
+    def run(self, case: Case, bench: Bench) -> Finding:
+        """Carry it out on one case."""
+        found: Finding = importlib.import_module(f"harness.checks.{self.name}").run(case, bench)
+        return found
+
+
+_LAYOUT: Final[frozenset[Axis]] = frozenset({"layout"})
+_LAYOUT_PROBE: Final[frozenset[Axis]] = frozenset({"layout", "probe"})
+
+_ALL: Final = (
+    Check(
+        name="config",
+        claim="the configuration means the same to the bridge, to an independent reader, and after "
+        "a way through Megatron's and back",
+    ),
+    Check(
+        name="round_trip",
+        claim="Hugging Face to torch_dist and back gives every file again, byte for byte",
+        axes=_LAYOUT,
+    ),
+    Check(
+        name="weights",
+        claim="a Megatron checkpoint holds exactly the bits of the Hugging Face one",
+    ),
+    Check(
+        name="placement",
+        claim="every element is where Megatron reads it, on every rank",
+        axes=_LAYOUT,
+    ),
+    Check(
+        name="rope",
+        claim="every model part rotates by the reference's frequencies, bit for bit",
+        axes=_LAYOUT,
+    ),
+    Check(
+        name="logits",
+        claim="Megatron is as close to the truth as the reference, at every position",
+        axes=_LAYOUT_PROBE,
+    ),
+    Check(
+        name="layouts",
+        claim="pipeline stages change no bit; tensor parallelism only the order of sums",
+        axes=_LAYOUT_PROBE,
+    ),
+    Check(
+        name="megatron_load",
+        claim="Megatron-Core's own loader takes our checkpoint, and we take Megatron-Core's",
+        axes=_LAYOUT,
+    ),
+)
+CHECKS: Final[Mapping[str, Check]] = {check.name: check for check in _ALL}

@@ -106,7 +106,7 @@ def test_an_error_is_caught_as_its_family() -> None:
     ],
 )  # fmt: skip
 def test_dtypes_go_by_both_their_names(name: str, code: str, itemsize: int) -> None:
-    """torch's name, with or without its prefix, and safetensors' code mean one dtype."""
+    """Torch's name, with or without its prefix, and safetensors' code mean one dtype."""
     dtype = dtype_named(name)
     assert dtype is dtype_named(f"torch.{name}") is dtype_from_safetensors(code)
     assert (dtype.itemsize, dtype.word.itemsize, dtype.word.kind) == (itemsize, itemsize, "u")

@@ -76,13 +76,10 @@ def test_a_homogeneous_model_that_divides_is_split_evenly() -> None:
 
 
 def test_a_homogeneous_model_that_does_not_divide_is_balanced() -> None:
-    """Five layers over two stages: the odd one goes where there is less, by parameters."""
+    """Five layers over two stages: the odd one goes where there is less, the final norm counted."""
     spec = dataclasses.replace(plain(5), vocab_size=20000)
     tied = dataclasses.replace(spec, share_embeddings_and_output_weights=True)
-    assert plan_layout(spec, pipeline_model_parallel_size=2).num_layers_per_stage in {
-        (2, 3),
-        (3, 2),
-    }
+    assert plan_layout(spec, pipeline_model_parallel_size=2).num_layers_per_stage == (3, 2)
     assert plan_layout(tied, pipeline_model_parallel_size=2).num_layers_per_stage == (1, 4)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import pickle
 import sys
 
@@ -51,9 +51,9 @@ def test_classes_are_named_and_instances_built() -> None:
     }
     expected = {
         "args": argparse.Namespace(dtype=torch.bfloat16, size=3),
-        "delta": datetime.timedelta(1),
+        "delta": dt.timedelta(1),
         "new": argparse.Namespace(a=[1]),
-        "by_key": {datetime.timedelta(2): "two"},
+        "by_key": {dt.timedelta(2): "two"},
     }
     assert expected == pickle.loads(dumps(value))  # noqa: S301 - written here
 

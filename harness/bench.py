@@ -1,0 +1,350 @@
+"""What the cases of a run share, made once: checkpoints, conversions, reference and oracle logits.
+
+Everything here is lazy and cached by what it depends on, so a single selected case costs only its
+own inputs, and a whole suite computes each reference once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import numpy as np
+
+from bridge.convert import ConversionOptions, export_checkpoint, import_checkpoint, read_spec
+from bridge.hf_config import load_hf_config
+from bridge.spec import ModelSpec, ParallelLayout
+from harness import coded, live
+from harness.compare import oracle_weights
+from harness.hooks import HEALTHY, Fault
+from harness.launcher import DEFAULT_TIMEOUT, RankPool
+from harness.layouts import resolve_layout
+from harness.live import ModelRequest
+from harness.oracle import forward
+from harness.probes import Probe, long_probe, short_probe
+from harness.ranks import RankFunction
+from harness.suite import Case
+from harness.thresholds import Thresholds, load_thresholds
+from harness.toys import toy_named, write_checkpoint
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_Value = TypeVar("_Value")
+BASE_LAYOUT: Final = "tp1-pp1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model under test: a toy, or a user's checkpoint.
+
+    Args:
+        name: As in case ids.
+        hf: Its Hugging Face checkpoint; None for a toy, which is written when it is needed.
+        megatron: A Megatron checkpoint to be held against it, where the user has one.
+        trust_remote_code: Run the checkpoint's own code as the reference.
+    """
+
+    name: str
+    hf: Path | None = None
+    megatron: Path | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """What the Hugging Face model gives: logits by probe, (batch, seq, vocab_size), and RoPE."""
+
+    logits: Mapping[str, Array]
+    inv_freq: Array
+
+
+class Bench:
+    """Shared work of a run.
+
+    Args:
+        workdir: An empty directory for toys and conversions.
+        subjects: Models under test besides the toys, by name.
+        fault: A deliberate mistake; `HEALTHY` for a run that checks the bridge.
+        timeout: Seconds one case may keep the ranks busy.
+        log_dir: Where ranks log; None for a private directory.
+        thresholds: Limits; None for `suites/thresholds.toml`.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        subjects: Mapping[str, Subject] | None = None,
+        fault: Fault = HEALTHY,
+        timeout: float = DEFAULT_TIMEOUT,
+        log_dir: Path | None = None,
+        thresholds: Thresholds | None = None,
+    ) -> None:
+        self.workdir = workdir
+        self.subjects = dict(subjects or {})
+        self.fault = fault
+        self.timeout = timeout
+        self.log_dir = log_dir
+        self.thresholds = thresholds or load_thresholds()
+        self._made: dict[tuple[object, ...], Any] = {}
+        self._pools: dict[str, RankPool] = {}
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the rank processes. The working directory is the caller's."""
+        for pool in self._pools.values():
+            pool.close()
+        self._pools.clear()
+
+    def _once(self, *key: object, make: Callable[[], _Value]) -> _Value:
+        if key not in self._made:
+            self._made[key] = make()
+        found: _Value = self._made[key]
+        return found
+
+    # Models
+
+    def subject(self, name: str) -> Subject:
+        """The model of this name: one of the user's, or a toy.
+
+        Raises:
+            ConfigError: BR100, neither.
+        """
+        return self.subjects.get(name) or Subject(name=toy_named(name).name)
+
+    def checkpoint(self, case: Case) -> Path:
+        """The Hugging Face checkpoint directory of a case's model."""
+        subject = self.subject(case.model)
+        if subject.hf is not None:
+            return subject.hf
+
+        def write() -> Path:
+            directory = self.workdir / f"{case.model}-{case.dtype}" / "hf"
+            write_checkpoint(toy_named(case.model), directory, dtype=case.dtype)
+            return directory
+
+        return self._once("checkpoint", case.model, case.dtype, make=write)
+
+    def config(self, case: Case) -> dict[str, Any]:
+        """Its parsed `config.json`."""
+        path = self.checkpoint(case)
+        return self._once("config", path, make=lambda: load_hf_config(path))
+
+    def spec(self, case: Case) -> ModelSpec:
+        """What the bridge takes the model for."""
+        path = self.checkpoint(case)
+
+        def read() -> ModelSpec:
+            with self.fault.changed_code():
+                found = read_spec(path)
+            return found if self.fault.spec is None else self.fault.spec(found)
+
+        return self._once("spec", path, make=read)
+
+    def layout(self, case: Case, name: str | None = None) -> ParallelLayout:
+        """The case's layout, or another by name, for the case's model."""
+        return resolve_layout(name or case.layout or BASE_LAYOUT, self.spec(case))
+
+    # Conversions
+
+    def converted(self, case: Case, *, layout: str = BASE_LAYOUT) -> Path:
+        """The case's model as a `torch_dist` that the bridge has written.
+
+        Args:
+            case: Names the model.
+            layout: Ranks that the files are cut for.
+        """
+        hf = self.checkpoint(case)
+        return self._once(
+            "converted", hf, layout, make=lambda: self._import(hf, self.layout(case, layout))
+        )
+
+    def _import(self, hf: Path, layout: ParallelLayout) -> Path:
+        target = self._fresh(f"{hf.parent.name}-{layout.name}-megatron")
+        with self.fault.changed_code():
+            import_checkpoint(
+                hf,
+                target,
+                tensor_model_parallel_size=layout.tensor_model_parallel_size,
+                pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+                options=ConversionOptions(),
+            )
+        if self.fault.checkpoint is not None:
+            self.fault.checkpoint(target)
+        return target
+
+    def exported(self, megatron: Path, *, hf_model: Path | None = None) -> Path:
+        """A Megatron checkpoint as Hugging Face's, written anew on every call."""
+        target = self._fresh(f"{megatron.name}-hf")
+        with self.fault.changed_code():
+            export_checkpoint(megatron, target, hf_model=hf_model, options=ConversionOptions())
+        return target
+
+    def fresh(self, name: str) -> Path:
+        """A path in the working directory that does not exist yet."""
+        return self._fresh(name)
+
+    def _fresh(self, name: str) -> Path:
+        number = sum(1 for _ in self.workdir.iterdir())
+        return self.workdir / f"{number:04d}-{name}"
+
+    def coded_checkpoint(self, case: Case) -> Path:
+        """A checkpoint of the case's shapes whose elements say where they come from."""
+        hf = self.checkpoint(case)
+
+        def write() -> Path:
+            directory = self._fresh(f"{hf.parent.name}-coded")
+            coded.write_checkpoint(coded.codes_of(hf), directory, config=self.config(case))
+            return directory
+
+        return self._once("coded", hf, make=write)
+
+    def coded_megatron(self, case: Case) -> Path:
+        """The same as a `torch_dist` that the bridge has written."""
+        hf = self.coded_checkpoint(case)
+        layout = self.layout(case, BASE_LAYOUT)
+        return self._once("coded megatron", hf, make=lambda: self._import(hf, layout))
+
+    # Numbers
+
+    def probe(self, case: Case, name: str | None = None) -> Probe:
+        """The case's probe, or another by name, for the case's model."""
+        config = self.config(case)
+        wanted = name or case.probe
+        if wanted == "short":
+            return short_probe(config["vocab_size"])
+        return long_probe(
+            config["vocab_size"], max_position_embeddings=config["max_position_embeddings"]
+        )
+
+    def reference(self, case: Case) -> Reference:
+        """What the Hugging Face model makes of every probe, in the case's dtype."""
+        path = self.checkpoint(case)
+        return self._once("reference", path, case.dtype, make=lambda: self._reference(case, path))
+
+    def _reference(self, case: Case, path: Path) -> Reference:
+        import torch
+
+        from bridge.decilm import load_reference
+
+        logger.info("reference logits of %s in %s", case.model, case.dtype)
+        trust = self.subject(case.model).trust_remote_code
+        model = load_reference(
+            path, dtype=getattr(torch, case.dtype), trust_remote_code=trust
+        )
+        if self.fault.reference is not None:
+            self.fault.reference(model)
+        logits = {}
+        for name in ("short", "long"):
+            probe = self.probe(case, name)
+            logits[name] = hf_logits(model, probe.input_ids, probe.position_ids)
+        return Reference(logits=logits, inv_freq=model.model.rotary_emb.inv_freq.cpu().numpy())
+
+    def oracle_logits(self, case: Case) -> Array:
+        """The truth on the case's probe: (batch, seq, vocab_size), float64."""
+        path = self.checkpoint(case)
+        probe = self.probe(case)
+
+        def compute() -> Array:
+            logger.info("oracle logits of %s, %s probe", case.model, probe.name)
+            return forward(
+                self.config(case), oracle_weights(path), probe.input_ids, probe.position_ids
+            )
+
+        return self._once("oracle", path, probe.name, make=compute)
+
+    # Ranks
+
+    def request(self, case: Case, *, layout: str | None = None) -> ModelRequest:
+        """The case's model for rank processes: the user's Megatron checkpoint, or the HF one."""
+        megatron = self.subject(case.model).megatron
+        kind: Literal["hf", "megatron"] = "hf" if megatron is None else "megatron"
+        return ModelRequest(
+            spec=self.spec(case),
+            layout=self.layout(case, layout),
+            params_dtype=case.dtype,
+            kind=kind,
+            path=megatron or self.checkpoint(case),
+            device="cuda" if case.device == "cuda" else "cpu",
+            variant=self.fault.name,
+        )
+
+    def megatron_logits(self, case: Case, *, layout: str | None = None) -> Array:
+        """Megatron-Core's logits on the case's probe, (batch, seq, vocab_size)."""
+        request, probe = self.request(case, layout=layout), self.probe(case)
+
+        def compute() -> Array:
+            found: list[Array] = self.run(
+                case, request.layout, live.logits, request, probe.input_ids, probe.position_ids
+            )
+            return found[0]
+
+        return self._once("logits", request, probe.name, make=compute)
+
+    def run(
+        self, case: Case, layout: ParallelLayout, function: RankFunction, *args: object
+    ) -> list[Any]:
+        """Run a function on the ranks of a layout, under the fault; see `RankPool.run`."""
+        return self.pool(case.device).run(layout, function, *args, hook=self.fault.hook)
+
+    def pool(self, device: str) -> RankPool:
+        """The rank processes for a kind of device."""
+        if device not in self._pools:
+            self._pools[device] = RankPool(
+                device="cuda" if device == "cuda" else "cpu",
+                timeout=self.timeout,
+                log_dir=self.log_dir,
+            )
+        return self._pools[device]
+
+
+def hf_logits(model: Any, input_ids: Array, position_ids: Array) -> Array:  # noqa: ANN401 - transformers is not typed
+    """Logits of a transformers model, (batch, seq, vocab_size), float32 or float64."""
+    import torch
+
+    positions = torch.from_numpy(np.broadcast_to(position_ids, input_ids.shape).copy())
+    with torch.no_grad():
+        found = model(
+            input_ids=torch.from_numpy(input_ids).to(model.device),
+            position_ids=positions.to(model.device),
+            use_cache=False,
+        ).logits
+    logits: Array = (found if found.dtype == torch.float64 else found.float()).cpu().numpy()
+    return logits
+
+
+def versions() -> dict[str, Any]:
+    """What a run was made with, for the evidence."""
+    from bridge import __version__
+    from bridge.platform import describe
+
+    return {"nemotron-bridge": __version__, **describe()}
+
+
+def as_plain(data: object) -> Any:  # noqa: ANN401 - JSON
+    """Data classes, tuples and NumPy numbers as what `json` writes."""
+    return json.loads(json.dumps(data, default=_plain))
+
+
+@functools.singledispatch
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    return str(value)
+
+
+@_plain.register(np.generic)
+def _(value: np.generic) -> object:
+    return value.item()

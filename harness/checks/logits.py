@@ -1,0 +1,79 @@
+"""Logit parity: Megatron and the reference, both judged by their distance from the oracle."""
+
+from __future__ import annotations
+
+from harness.bench import Array, Bench
+from harness.compare import Finding
+from harness.suite import Case
+from harness.thresholds import LogitJudgement, judge_logits
+
+
+def run(case: Case, bench: Bench) -> Finding:
+    """Judge Megatron's logits on the case's probe."""
+    reference = bench.reference(case).logits[case.probe or "short"]
+    return judge(case, bench, bench.megatron_logits(case), reference)
+
+
+def judge(case: Case, bench: Bench, candidate: Array, reference: Array) -> Finding:
+    """Judge any logits on the case's probe."""
+    found = judge_logits(
+        candidate,
+        reference,
+        bench.oracle_logits(case),
+        dtype=case.dtype,
+        thresholds=bench.thresholds,
+    )
+    failed = [verdict for verdict in found.verdicts if not verdict.passed]
+    excess = found.verdicts[-1]
+    return Finding(
+        passed=found.passed,
+        summary=failed[0].describe() if failed else excess.describe(),
+        value=excess.value,
+        limit=excess.limit,
+        unit=excess.unit,
+        places=_places(case, bench, found) if failed else (),
+        details=_details(found),
+    )
+
+
+def _places(case: Case, bench: Bench, found: LogitJudgement) -> tuple[str, ...]:
+    places = []
+    if found.odd_one_out == "candidate":
+        places.append("the oracle sides with the reference: Megatron's logits are wrong")
+    elif found.odd_one_out == "reference":
+        places.append("the oracle disagrees with the reference: the reference's logits are wrong")
+    worst = found.comparison.worst_position
+    if worst is not None:
+        batch, seq = worst
+        position = int(bench.probe(case).position_ids[seq])
+        places.append(
+            f"largest difference at sequence {batch}, token {seq}, position {position}: "
+            f"{found.comparison.max_abs_diff[worst]:.3g}, KL {found.comparison.kl[worst]:.3g} "
+            "nats per token"
+        )
+        ours = found.excess.candidate_by_position
+        theirs = found.excess.reference_by_position.max()
+        beyond = (ours > 4 * theirs).any(axis=0)
+        if beyond.any():
+            first = int(beyond.argmax())
+            places.append(
+                f"first token beyond four times the reference's largest error: {first}, "
+                f"position {int(bench.probe(case).position_ids[first])}"
+            )
+    return tuple(places)
+
+
+def _details(found: LogitJudgement) -> dict[str, object]:
+    comparison, excess = found.comparison, found.excess
+    return {
+        "candidate_error": excess.candidate_error,
+        "reference_error": excess.reference_error,
+        "oracle_rms": excess.scale,
+        "max_abs_diff": float(comparison.max_abs_diff.max()) if comparison.comparable else None,
+        "kl_mean_nats_per_token": comparison.kl_mean,
+        "kl_max_nats_per_token": float(comparison.kl.max()) if comparison.comparable else None,
+        "top1_agreement": comparison.top1_agreement,
+        "top5_agreement": comparison.top5_agreement,
+        "ulp_histogram": {f"{edge:g}": n for edge, n in comparison.ulp_histogram.items()},
+        "problems": list(comparison.problems),
+    }

@@ -1,0 +1,115 @@
+"""Hugging Face to torch_dist and back: the same files, each byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bridge.errors import CheckpointError
+from bridge.plan import Plan
+from bridge.spec import ModelSpec
+from harness.bench import BASE_LAYOUT, Bench
+from harness.compare import Finding, exact, read_safetensors, tensor_differences
+from harness.suite import Case
+
+
+def run(case: Case, bench: Bench) -> Finding:
+    """Import for the case's layout, export, compare directories."""
+    source = bench.checkpoint(case)
+    megatron = bench.converted(case, layout=case.layout or BASE_LAYOUT)
+    try:
+        back = bench.exported(megatron)
+    except CheckpointError as error:
+        # The bridge noticed by itself that it cannot give the source back: that is a finding.
+        return exact([f"export refused: {error.message}", *error.where], compared=0, what="files")
+    spec = bench.spec(case)
+    return directories(source, back, spec, plan_of(bench, case, spec))
+
+
+def plan_of(bench: Bench, case: Case, spec: ModelSpec) -> Plan:
+    """The conversion's plan, to say where in Megatron's tensors an element lies."""
+    layout = bench.layout(case)
+    with bench.fault.changed_code():
+        return Plan(
+            spec,
+            spec.padded_vocab_size(
+                layout.tensor_model_parallel_size,
+                make_vocab_size_divisible_by=layout.make_vocab_size_divisible_by,
+            ),
+        )
+
+
+def directories(source: Path, back: Path, spec: ModelSpec, plan: Plan) -> Finding:
+    """Compare two checkpoint directories file by file, tensor by tensor where a weight differs."""
+    theirs, ours = _files(source), _files(back)
+    problems = [
+        *(f"{name}: lost" for name in sorted(theirs.keys() - ours.keys())),
+        *(f"{name}: not in the source" for name in sorted(ours.keys() - theirs.keys())),
+    ]
+    differing = [
+        name
+        for name in sorted(theirs.keys() & ours.keys())
+        if not _equal_bytes(theirs[name], ours[name])
+    ]
+    if any(name.endswith(".safetensors") for name in differing):
+        found, elements, _ = tensor_differences(
+            read_safetensors(back), read_safetensors(source), names=("the export", "the source")
+        )
+        located = dict(elements)
+        for problem in found:
+            name = problem.partition("[")[0]
+            if name in located:
+                problem = f"{problem}; {in_megatron(plan, name, located[name])}"
+            problems.append(problem)
+    problems += [f"{name}: {_how(theirs[name], ours[name])}" for name in differing]
+    size = sum(path.stat().st_size for path in theirs.values())
+    return exact(
+        problems,
+        compared=len(theirs),
+        what=f"files of {spec.num_layers} layers, byte for byte",
+        details={"files": len(theirs), "nbytes": size},
+    )
+
+
+def in_megatron(plan: Plan, name: str, index: tuple[int, ...]) -> str:
+    """Where an HF element is in Megatron's tensors: the element, and the tile it belongs to."""
+    for tile in plan.mcore_to_hf[name].tiles:
+        inside = all(
+            a <= i < b
+            for a, i, b in zip(tile.target_box.starts, index, tile.target_box.stops, strict=True)
+        )
+        if inside:
+            target, at = plan.mcore_to_hf[name].locate(index)
+            first, last = tile.source_box.starts[0], tile.source_box.stops[0] - 1
+            return f"in {target}{list(at)}, tile rows {first}-{last} = {name}{tile.target_box}"
+    return f"nowhere in Megatron's tensors: {name}{list(index)}"
+
+
+def _files(directory: Path) -> dict[str, Path]:
+    return {
+        str(path.relative_to(directory)): path
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def _equal_bytes(a: Path, b: Path) -> bool:
+    if a.stat().st_size != b.stat().st_size:
+        return False
+    with a.open("rb") as first, b.open("rb") as second:
+        while True:
+            left, right = first.read(1 << 22), second.read(1 << 22)
+            if left != right:
+                return False
+            if not left:
+                return True
+
+
+def _how(source: Path, back: Path) -> str:
+    if source.suffix != ".json":
+        return "bytes differ"
+    try:
+        same = json.loads(source.read_bytes()) == json.loads(back.read_bytes())
+    except ValueError:
+        return "bytes differ"
+    return "bytes differ, the JSON is equal" if same else "the JSON differs"
