@@ -91,25 +91,29 @@ def read_record(checkpoint: Path) -> SourceRecord | None:
                 hint="use the version of nemotron-bridge that wrote it, or remove the file and "
                 "export with --hf-model",
             )
-        if any("/" in file or not file.endswith(".safetensors") for file in found["shards"]):
-            raise ValueError("a shard's name is not that of a file")
-        return SourceRecord(
-            bridge_version=str(found["bridge_version"]),
-            plan_sha256=str(found["plan_sha256"]),
-            headers={
-                str(file): base64.b64decode(raw, validate=True)
-                for file, raw in found["shards"].items()
-            },
-            index=None if found["index"] is None else base64.b64decode(found["index"]),
-            tensor_sha256=dict(found["tensor_sha256"]),
-            side_file_sha256=dict(found["side_file_sha256"]),
-        )
+        return _parse(found)
     except (ValueError, KeyError, TypeError, AttributeError, binascii.Error) as error:
         raise CorruptFileError(
             f"not a record of this bridge: {error}",
             where=str(path),
             hint="remove the file and export with --hf-model",
         ) from None
+
+
+def _parse(found: Mapping[str, Any]) -> SourceRecord:
+    # Shard names become paths of the export: nothing but a plain file name may stand there.
+    if any("/" in file or not file.endswith(".safetensors") for file in found["shards"]):
+        raise ValueError("a shard's name is not that of a file")
+    return SourceRecord(
+        bridge_version=str(found["bridge_version"]),
+        plan_sha256=str(found["plan_sha256"]),
+        headers={
+            str(file): base64.b64decode(raw, validate=True) for file, raw in found["shards"].items()
+        },
+        index=None if found["index"] is None else base64.b64decode(found["index"]),
+        tensor_sha256=dict(found["tensor_sha256"]),
+        side_file_sha256=dict(found["side_file_sha256"]),
+    )
 
 
 def sha256_of(data: bytes) -> str:

@@ -167,7 +167,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*states, hidden_states) if keep_states else None,
             attentions=tuple(all_weights) if keep_weights else None,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from bridge.convert import difference
 from bridge.errors import BridgeError, ConfigError
@@ -48,18 +49,8 @@ def run(case: Case, bench: Bench) -> Finding:
             if digest.first_difference is not None:
                 tile = in_megatron(plan, digest.name, digest.first_difference)
                 problems.append(f"{difference(plan, digest)}; {tile}")
-        elements = sum(
-            tiling.tiles[0].target_box.volume if len(tiling.tiles) == 1 else _volume(tiling.shape)
-            for tiling in plan.mcore_to_hf.values()
-        )
+    elements = sum(math.prod(shape) for shape in plan.hf_shapes.values())
     return exact(problems, compared=elements, what="elements, bit for bit")
-
-
-def _volume(shape: tuple[int, ...]) -> int:
-    volume = 1
-    for size in shape:
-        volume *= size
-    return volume
 
 
 def _arguments(source: MegatronSource, spec: ModelSpec) -> list[str]:

@@ -75,7 +75,7 @@ def test_describe_shows_digits_until_value_and_limit_look_different(
 def _noisy(oracle: Array, *, ulp: float, seed: int) -> Array:
     """The oracle with an independent relative error of this many ulp of float32."""
     noise = np.random.default_rng(seed).normal(size=oracle.shape)
-    return (oracle + noise * ulp * ULP * np.sqrt(np.mean(oracle**2))).astype(np.float64)
+    return np.asarray(oracle + noise * ulp * ULP * np.sqrt(np.mean(oracle**2)))
 
 
 ORACLE = np.random.default_rng(0).normal(size=(1, 48, 257))
@@ -207,17 +207,16 @@ def test_a_threshold_of_the_file_is_read_with_all_its_fields(tmp_path: Path) -> 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_healthy_models_measure_within_what_the_file_says(dtype: str) -> None:
     """Twelve random models, one without layers among them, land within the recorded range."""
-    limits = load_thresholds()
-    on_excess = limits.get(EXCESS, dtype).measured
-    on_reference = limits.get(REFERENCE_ERROR, dtype).measured
+    on_excess = load_thresholds().get(EXCESS, dtype).measured
+    on_reference = load_thresholds().get(REFERENCE_ERROR, dtype).measured
     models = range(4, 16)
     assert any(calibrate.random_llama(model)["num_hidden_layers"] == 0 for model in models)
     for model in models:
         for found in calibrate.measure(model, dtype=dtype):
-            # a tenth for another machine's order of summation
-            assert max(found.excess.values()) <= 1.1 * on_excess["healthy_max"]
-            assert found.reference_ulp <= 1.1 * on_reference["healthy_max"]
-            assert found.reference_ulp >= 0.9 * on_reference["healthy_min"]
+            # a quarter for another machine's order of summation
+            assert max(found.excess.values()) <= 1.25 * on_excess["healthy_max"]
+            assert found.reference_ulp <= 1.25 * on_reference["healthy_max"]
+            assert found.reference_ulp >= 0.75 * on_reference["healthy_min"]
 
 
 def test_the_nearest_fault_measures_beyond_the_limit_on_every_model() -> None:

@@ -118,7 +118,7 @@ def main() -> None:
     """Set a CPU up for Megatron-Core, then do one thing."""
     command, directory, rank, world_size = sys.argv[1], *map(str, sys.argv[2:])
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value] # as bridge.platform does
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment] # as bridge.platform does
+    torch.cuda.synchronize = lambda *_: None  # as bridge.platform does
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{directory}.rendezvous",

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from bridge.dtypes import Words, dtype_named
 from bridge.errors import PlanError
@@ -127,7 +129,7 @@ def test_plain_torch_loads_the_checkpoint_bitwise(tmp_path: Path) -> None:
         STACKED: torch.zeros(2, 6, 4, dtype=torch.bfloat16),
         SINGLE: torch.zeros(4, 10),
     }
-    dcp.load(state, checkpoint_id=iteration, no_dist=True)
+    dcp_load(state, checkpoint_id=iteration, no_dist=True)
     for key, tensor in state.items():
         assert words()[key].astype(f"<i{tensor.dtype.itemsize}").flatten().tolist() == bits(tensor)
 
@@ -184,21 +186,19 @@ def test_small_files_say_what_megatron_looks_for(tmp_path: Path) -> None:
 def test_metadata_equals_what_torch_would_have_built(tmp_path: Path) -> None:
     """Read by torch's own reader: shapes, offsets, properties, and one record for each index."""
     layout = layout_checkpoint(chunks(), objects(), args=ARGS)
-    metadata = dcp.FileSystemReader(fill(tmp_path, layout, words())).read_metadata()
+    metadata = FileSystemReader(fill(tmp_path, layout, words())).read_metadata()
     stacked = metadata.state_dict_metadata[STACKED]
     assert isinstance(stacked, dcp.TensorStorageMetadata)
     assert torch.Size([2, 6, 4]) == stacked.size
-    assert stacked.properties == dcp.metadata.TensorProperties(torch.bfloat16)
+    assert stacked.properties == dcp.TensorProperties(torch.bfloat16)
     assert [torch.Size([1, 3, 4])] * 4 == [chunk.sizes for chunk in stacked.chunks]
     assert metadata.storage_data is not None
     for chunk in chunks():
-        index = dcp.metadata.MetadataIndex(chunk.key, chunk.box.starts)
+        index = dcp.MetadataIndex(chunk.key, chunk.box.starts)
         assert metadata.storage_data[index].relative_path == f"__{chunk.file_group}_0.distcp"
     for key in objects():
         assert isinstance(metadata.state_dict_metadata[key], dcp.BytesStorageMetadata)
-        assert metadata.storage_data[dcp.metadata.MetadataIndex(key)].length == len(
-            empty_extra_state()
-        )
+        assert metadata.storage_data[dcp.MetadataIndex(key)].length == len(empty_extra_state())
     assert len(metadata.storage_data) == 8
 
 
@@ -215,7 +215,7 @@ def test_every_byte_of_every_file_is_laid_out_once() -> None:
 def test_every_record_is_a_valid_zip_archive(tmp_path: Path) -> None:
     """The CRC-32s land where they belong in files of many records."""
     iteration = fill(tmp_path, layout_checkpoint(chunks(), objects(), args=ARGS), words())
-    metadata = dcp.FileSystemReader(iteration).read_metadata()
+    metadata = FileSystemReader(iteration).read_metadata()
     assert metadata.storage_data is not None
     for info in metadata.storage_data.values():
         record = tmp_path / "record.zip"
@@ -237,7 +237,7 @@ def test_files_are_cut_between_records(max_file_size: int, tmp_path: Path) -> No
     if max_file_size == 1:
         assert len(names) == len(chunks()) + len(objects())
     state = {STACKED: torch.zeros(2, 6, 4, dtype=torch.bfloat16)}
-    dcp.load(state, checkpoint_id=fill(tmp_path, layout, words()), no_dist=True)
+    dcp_load(state, checkpoint_id=fill(tmp_path, layout, words()), no_dist=True)
     assert words()[STACKED].flatten().tolist() == bits(state[STACKED])
 
 
@@ -251,7 +251,7 @@ def test_scalars_and_empty_tensors_are_stored(tmp_path: Path) -> None:
     layout = layout_checkpoint(some, {}, args={})
     assert [payload.tensor for payload in layout.files[0].payloads] == ["scalar"]
     state = {"scalar": torch.zeros((), dtype=torch.bfloat16), "empty": torch.ones(0, 4)}
-    dcp.load(state, checkpoint_id=fill(tmp_path, layout, source), no_dist=True)
+    dcp_load(state, checkpoint_id=fill(tmp_path, layout, source), no_dist=True)
     assert state["scalar"].item() == 1.0
 
 

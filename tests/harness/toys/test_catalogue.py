@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bridge.errors import BridgeError, ConfigError, InconsistentConfigError
-from harness.oracle import Architecture, read_config
+from harness.oracle import read_config
 from harness.toys import TOYS, VARIANT_TOYS, Toy, hf_tensors, toy_named
 from harness.toys.configs import published_config, released_blocks, shrink
 
@@ -175,8 +175,7 @@ def test_seeds_give_other_weights() -> None:
         assert (one != other).any()
 
 
-def test_common_properties_hold_for_llamas_transformers_accepts() -> None:
-    """transformers refuses a Llama whose hidden_size its head count does not divide."""
+def test_every_toy_is_one_that_transformers_accepts() -> None:
+    """LlamaConfig refuses a hidden_size that the head count does not divide, head_dim or not."""
     for toy in TOYS.values():
-        model: Architecture = toy.architecture
-        assert model.hidden_size % model.num_attention_heads == 0
+        assert toy.architecture.hidden_size % toy.architecture.num_attention_heads == 0

@@ -1,0 +1,182 @@
+"""Run cases, one isolated from the next, and count honestly."""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from bridge.errors import BridgeError
+from harness.bench import BASE_LAYOUT, Bench
+from harness.checks import CHECKS
+from harness.compare import Finding
+from harness.suite import Case
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["passed", "failed", "error", "not run"]
+_FIRST_LAYOUTS: Final = (None, BASE_LAYOUT)
+"""No ranks at first, while they start; then the layout that others are compared with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One case and what became of it.
+
+    Args:
+        case: The case.
+        status: "error" is a check that could not be carried out; "not run" one that was not tried.
+        finding: What the check found; None without one.
+        reason: Why it did not run, or the error in one line.
+        traceback: Of an error that is nobody's deliberate refusal.
+        seconds: Wall-clock time, shared inputs included where this case was the first to need them.
+    """
+
+    case: Case
+    status: Status
+    finding: Finding | None = None
+    reason: str = ""
+    traceback: str = ""
+    seconds: float = 0.0
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return self.finding.summary if self.finding is not None else self.reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """All results of a run, in the order they were made."""
+
+    results: Sequence[Result]
+    seconds: float
+    allowed_not_run: Collection[str] = field(default_factory=frozenset)
+
+    def count(self, status: Status) -> int:
+        """Number of cases that ended so."""
+        return sum(result.status == status for result in self.results)
+
+    @property
+    def count_line(self) -> str:
+        """`41 passed, 0 failed, 6 not run (gpu)`: nothing is hidden and nothing rounded up."""
+        parts = [f"{self.count('passed')} passed", f"{self.count('failed')} failed"]
+        if self.count("error"):
+            parts.append(f"{self.count('error')} errors")
+        left = [result.reason for result in self.results if result.status == "not run"]
+        parts += [f"{left.count(reason)} not run ({reason})" for reason in dict.fromkeys(left)]
+        return ", ".join(parts)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all passed, 1 a check failed, 3 something could not be carried out."""
+        if self.count("failed"):
+            return 1
+        skipped = any(
+            result.status == "not run" and result.reason not in self.allowed_not_run
+            for result in self.results
+        )
+        return 3 if self.count("error") or skipped or not self.count("passed") else 0
+
+
+def in_running_order(cases: Iterable[Case]) -> list[Case]:
+    """By layout, so that groups are formed rarely; then by model, so that each is built once."""
+    ordered = list(cases)
+    layouts = list(dict.fromkeys(_group(case) for case in ordered))
+    models = list(dict.fromkeys(case.model for case in ordered))
+    checks = list(CHECKS)
+
+    def key(case: Case) -> tuple[object, ...]:
+        group = _group(case)
+        first = _FIRST_LAYOUTS.index(group) if group in _FIRST_LAYOUTS else len(_FIRST_LAYOUTS)
+        return (
+            case.device,
+            first,
+            layouts.index(group),
+            models.index(case.model),
+            case.dtype,
+            checks.index(case.check),
+            case.probe or "",
+        )
+
+    return sorted(ordered, key=key)
+
+
+def _group(case: Case) -> str | None:
+    # A round trip only names a layout for the way its files are cut; no ranks are formed.
+    return None if case.check == "round_trip" else case.layout
+
+
+def run_cases(
+    cases: Iterable[Case],
+    bench: Bench,
+    *,
+    on_result: Callable[[Result], None] = lambda _result: None,
+    allowed_not_run: Collection[str] = (),
+) -> RunReport:
+    """Run cases in the order of `in_running_order`.
+
+    Args:
+        cases: At least one; selecting none is the caller's error.
+        bench: What they share.
+        on_result: Called after each case.
+        allowed_not_run: Reasons for which a case may be left out without an exit code of 3.
+    """
+    started = time.monotonic()
+    ordered = in_running_order(cases)
+    for device in {case.device for case in ordered if CHECKS[case.check].axes}:
+        if _unavailable(device) is None:
+            bench.pool(device).warm_up()
+    results = []
+    for case in ordered:
+        result = run_case(case, bench)
+        logger.info("%s: %s, %s (%.1f s)", case.id, result.status, result.summary, result.seconds)
+        results.append(result)
+        on_result(result)
+    return RunReport(
+        results=results, seconds=time.monotonic() - started, allowed_not_run=set(allowed_not_run)
+    )
+
+
+def run_case(case: Case, bench: Bench) -> Result:
+    """Run one case; whatever happens in it stays in its result."""
+    missing = _unavailable(case.device)
+    if missing is not None:
+        return Result(case=case, status="not run", reason=missing)
+    started = time.monotonic()
+    try:
+        finding = CHECKS[case.check].run(case, bench)
+    except BridgeError as error:
+        notes = getattr(error, "__notes__", [])
+        reason = str(error).splitlines()[0]
+        text = "\n".join([str(error), *notes])
+        return Result(
+            case=case, status="error", reason=reason, traceback=text,
+            seconds=time.monotonic() - started,
+        )  # fmt: skip
+    except Exception as error:  # noqa: BLE001 - one broken case must not cost the others
+        return Result(
+            case=case,
+            status="error",
+            reason=traceback.format_exception_only(error)[-1].strip(),
+            traceback=traceback.format_exc(),
+            seconds=time.monotonic() - started,
+        )
+    return Result(
+        case=case,
+        status="passed" if finding.passed else "failed",
+        finding=finding,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _unavailable(device: str) -> str | None:
+    """Why a device cannot be used, in one word; None when it can."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else "gpu"
