@@ -33,7 +33,8 @@ class BridgeError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.where = (where,) if isinstance(where, str) else tuple(where)
+        places = (where,) if isinstance(where, str) else where
+        self.where = tuple(place for place in places if place)
         self.hint = hint
 
     def __str__(self) -> str:

@@ -136,7 +136,7 @@ def _shape(shape: Shape) -> str:
     return "(" + ", ".join(map(str, shape)) + ")"
 
 
-_LAYER = re.compile(r"(?<=layers\.)\d+(?=\.)")
+_LAYER = re.compile(r"(?<=layers\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 
 
 def fold_layers(names: Iterable[str]) -> list[str]:

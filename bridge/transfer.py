@@ -21,7 +21,7 @@ import numpy as np
 from bridge.dtypes import Words
 from bridge.errors import CheckpointError
 from bridge.storage.source import FileLayout, Payload, TensorInfo, TensorSource
-from bridge.tiling import Box, Tiling, bands
+from bridge.tiling import Box, Tile, Tiling, bands
 
 _Result = TypeVar("_Result")
 
@@ -150,7 +150,7 @@ def read_bands(
     for band in bands(box, max_elements=buffer.size):
         words = buffer[: band.volume].reshape(band.shape)
         for tile in tiling.restrict([band]).tiles:
-            target = words[tile.target_box.slices]
+            target = words[(*tile.target_box.slices, ...)]  # a view of a scalar too
             if tile.source is None:
                 target[...] = 0
             else:
@@ -204,8 +204,11 @@ def _compare_one(
     band_nbytes: int,
     advance: Advance,
 ) -> Digest:
-    word = expected.tensors[name].dtype.word
-    same_dtype = _word(tiling, actual.tensors) == word
+    dtype = expected.tensors[name].dtype
+    word = dtype.word
+    same_dtype = all(
+        actual.tensors[tile.source].dtype == dtype for tile in tiling.tiles if tile.source
+    )
     whole = Box.whole(tiling.shape)
     digest = hashlib.sha256()
     first: tuple[int, ...] | None = None
@@ -232,10 +235,8 @@ def hash_tensors(
     source: TensorSource, *, limits: TransferLimits, advance: Advance
 ) -> dict[str, str]:
     """Sha256 of every tensor of a source, row-major and little-endian, by name."""
-    whole = {
-        name: Tiling.concatenate([(name, Box.whole(info.shape))])
-        for name, info in source.tensors.items()
-    }
+    boxes = {name: Box.whole(info.shape) for name, info in source.tensors.items()}
+    whole = {name: Tiling(box.shape, (Tile(name, box, box),)) for name, box in boxes.items()}
     with ThreadPoolExecutor(limits.threads) as pool:
         digests = _all_or_first_error(
             pool.submit(_hash_one, source, name, tiling, limits.band_nbytes, advance)
@@ -262,4 +263,5 @@ def _all_or_first_error(futures: Iterable[Future[_Result]]) -> list[_Result]:
     _, unfinished = wait(pending, return_when=FIRST_EXCEPTION)
     for future in unfinished:
         future.cancel()
+    wait(pending)  # those that run still use the files that the caller will close
     return [future.result() for future in pending if not future.cancelled()]

@@ -319,6 +319,8 @@ def hf_logits(model: Any, input_ids: Array, position_ids: Array) -> Array:  # no
         found = model(
             input_ids=torch.from_numpy(input_ids).to(model.device),
             position_ids=positions.to(model.device),
+            # Without a mask transformers takes positions with gaps for packed sequences.
+            attention_mask=torch.ones(input_ids.shape, dtype=torch.int64, device=model.device),
             use_cache=False,
         ).logits
     logits: Array = (found if found.dtype == torch.float64 else found.float()).cpu().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
@@ -47,7 +48,8 @@ class ArraySource:
 
     Args:
         arrays: Tensor name to array. Any array is reinterpreted, never converted.
-        dtypes: Tensor name to torch's dtype name; left out, numpy's own name is taken.
+        dtypes: Tensor name to torch's dtype name; left out, numpy's own name is taken,
+            signed for unsigned.
 
     `closed` says whether it was; `reads` lists what was read, to be asserted on.
     """
@@ -55,11 +57,13 @@ class ArraySource:
     def __init__(
         self, arrays: Mapping[str, np.ndarray[Any, Any]], dtypes: Mapping[str, str] | None = None
     ) -> None:
-        names = dtypes or {}
+        # The bridge's dtypes have no unsigned ones but uint8; a word of that size is what counts.
+        names = {
+            name: re.sub(r"uint(16|32|64)", r"int\1", array.dtype.name)
+            for name, array in arrays.items()
+        } | dict(dtypes or {})
         self.tensors = {
-            name: TensorInfo(
-                shape=array.shape, dtype=dtype_named(names.get(name, array.dtype.name))
-            )
+            name: TensorInfo(shape=array.shape, dtype=dtype_named(names[name]))
             for name, array in arrays.items()
         }
         self.arrays = {

@@ -127,7 +127,7 @@ class DeciLMConfig(PretrainedConfig):  # type: ignore[misc]  # transformers is n
         # A bare DeciLMModel saves its own name as the architecture.
         return spec_from_hf_config(
             {**self.to_diff_dict(), "architectures": ["DeciLMForCausalLM"]},
-            carry=(),
+            carry=self._carried_fields,
         )
 
     def to_diff_dict(self) -> dict[str, object]:

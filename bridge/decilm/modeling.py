@@ -121,7 +121,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
         config = self.config
         checkpointing = self.gradient_checkpointing and self.training
         use_cache = _given_or(use_cache, config.use_cache) and not checkpointing
-        if checkpointing:
+        if checkpointing:  # the second forward would add to a cache what it already holds
             past_key_values = None
         elif use_cache and past_key_values is None:
             past_key_values = DynamicCache()
@@ -167,7 +167,7 @@ class DeciLMModel(DeciLMPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            past_key_values=past_key_values,
             hidden_states=(*states, hidden_states) if keep_states else None,
             attentions=tuple(all_weights) if keep_weights else None,
         )

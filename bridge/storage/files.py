@@ -86,6 +86,8 @@ class FileRanges:
             box: What to read.
             out: Of shape `box.shape`; may be strided.
         """
+        if not box.volume:
+            return
         row = math.prod(shape[1:]) * word.itemsize
         if not box.starts or box.shape[1:] == shape[1:]:
             start = offset + (box.starts[0] * row if box.starts else 0)
@@ -95,6 +97,13 @@ class FileRanges:
                 scratch = np.empty(box.shape, word)
                 self.read_into(name, start, scratch)
                 out[...] = scratch
+            return
+        if box.shape[0] == 1 or (len(shape) > 2 and row > _SCRATCH):
+            # Part of one large slice, as of a layer in a stack of layers: never the whole slice.
+            inside = Box(box.starts[1:], box.stops[1:])
+            for index in range(box.shape[0]):
+                start = offset + (box.starts[0] + index) * row
+                self.read_box(name, start, shape=shape[1:], word=word, box=inside, out=out[index])
             return
         wanted = math.prod(box.shape[1:]) * word.itemsize
         if len(shape) == 2 and wanted >= _SMALL_ROW and out.strides[-1] == word.itemsize:

@@ -24,6 +24,11 @@ from bridge.tiling import Box
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 MAX_HEADER: Final = 100_000_000  # the reference implementation's own limit, in bytes
+_MAX_DIMENSIONS: Final = 32  # numpy 1's limit; without one a header could keep us multiplying
+_WRITE_ORDER: Final = (
+    "I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+)  # fmt: skip
+"""Dtypes as the reference implementation orders them in a file: widest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +78,7 @@ def parse_header(raw: bytes, *, file: str, size: int, where: str) -> ShardHeader
         entries.pop("__metadata__", None)
         spans = sorted(
             (_stored(name, entry, file, len(raw), where) for name, entry in entries.items()),
-            key=lambda pair: pair[1].offset,
+            key=lambda pair: (pair[1].offset, pair[1].info.nbytes),  # empty ones first
         )
     except CorruptFileError:
         raise
@@ -110,7 +115,9 @@ def _stored(
     shape = tuple(entry["shape"])
     start, stop = entry["data_offsets"]
     integers = (*shape, start, stop)
-    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in integers):
+    if len(shape) > _MAX_DIMENSIONS or any(
+        not isinstance(n, int) or isinstance(n, bool) or not 0 <= n < 2**63 for n in integers
+    ):
         raise CorruptFileError(f"{name} has a shape or offset that is no size", where=where)
     dtype = dtype_from_safetensors(entry["dtype"], where=f"{where}: {name}")
     info = TensorInfo(shape=shape, dtype=dtype)
@@ -197,9 +204,15 @@ def _weight_files(directory: Path) -> list[str]:
                 where=[str(directory / name) for name in missing],
                 hint="the download or copy is incomplete",
             )
+        if SINGLE_NAME in found and SINGLE_NAME not in named:
+            raise CheckpointError(
+                f"both {SINGLE_NAME} and {INDEX_NAME} are there, of different checkpoints",
+                where=str(directory),
+                hint=f"transformers would read {SINGLE_NAME}: remove what is not wanted",
+            )
         return named
-    if found == [SINGLE_NAME]:
-        return found
+    if SINGLE_NAME in found:
+        return [SINGLE_NAME]
     raise CheckpointError(
         f"neither {SINGLE_NAME} nor {INDEX_NAME} is there",
         where=str(directory),
@@ -278,8 +291,11 @@ def layout_shards(
 
 
 def layout_shard(file: str, tensors: Mapping[str, TensorInfo]) -> FileLayout:
-    """Lay out one file: wide dtypes first, then by name, as the reference implementation does."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    """Lay out one file, byte for byte as the reference implementation would write it."""
+    ordered = sorted(
+        tensors.items(),
+        key=lambda item: (_WRITE_ORDER.index(item[1].dtype.safetensors), item[0]),
+    )
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, info in ordered:

@@ -44,6 +44,11 @@ def test_a_single_place_is_one_place() -> None:
     assert BridgeError("x", where="config.json").where == ("config.json",)
 
 
+def test_an_empty_place_is_no_place() -> None:
+    """A caller that knows no place leaves no bare arrow behind."""
+    assert str(BridgeError("x", where="")) == str(BridgeError("x", where=["", ""])) == "BR000 x"
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_error_survives_pickling_and_copying(kind: type[BridgeError]) -> None:
     """Rank processes send errors home whole: class, message, places and hint."""
@@ -99,10 +104,10 @@ def test_an_error_is_caught_as_its_family() -> None:
 @pytest.mark.parametrize(
     ("name", "code", "itemsize"),
     [
-        ("float64", "F64", 8), ("float32", "F32", 4), ("float16", "F16", 2), ("bfloat16", "BF16", 2),
-        ("float8_e4m3fn", "F8_E4M3", 1), ("float8_e5m2", "F8_E5M2", 1), ("int64", "I64", 8),
-        ("int32", "I32", 4), ("int16", "I16", 2), ("int8", "I8", 1), ("uint8", "U8", 1),
-        ("bool", "BOOL", 1),
+        ("float64", "F64", 8), ("float32", "F32", 4), ("float16", "F16", 2),
+        ("bfloat16", "BF16", 2), ("float8_e4m3fn", "F8_E4M3", 1), ("float8_e5m2", "F8_E5M2", 1),
+        ("int64", "I64", 8), ("int32", "I32", 4), ("int16", "I16", 2), ("int8", "I8", 1),
+        ("uint8", "U8", 1), ("bool", "BOOL", 1),
     ],
 )  # fmt: skip
 def test_dtypes_go_by_both_their_names(name: str, code: str, itemsize: int) -> None:

@@ -365,7 +365,7 @@ def test_super_has_its_published_widths() -> None:
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_every_rank_of_ultra_reads_its_share_once(tp: int) -> None:
-    """The boxes all ranks read of Ultra's HF tensors add up to each tensor, norms to TP times it."""
+    """All ranks together read each HF tensor of Ultra once, and each norm TP times."""
     spec = published("Llama-3_1-Nemotron-Ultra-253B-v1")
     blocks = tuple(dict.fromkeys(spec.blocks))  # each kind of block once: the others are its like
     spec = replace(spec, blocks=blocks)
@@ -384,7 +384,7 @@ def test_every_rank_of_ultra_reads_its_share_once(tp: int) -> None:
 
 
 def test_grouped_rows_are_those_megatron_takes_apart() -> None:
-    """Viewed as Megatron views it, (groups, heads per group + 2, channels), q, k, v are where due."""
+    """Seen as (groups, heads per group + 2, channels), q comes first, then k, then v."""
     groups, heads, channels = 2, 4, 2
     rows = np.array(row_names(parameters(model(attention(groups)), padded_vocab_size=5)[QKV]))
     mixed = rows.reshape(groups, heads // groups + 2, channels)

@@ -148,6 +148,21 @@ def test_both_rope_styles_of_the_same_model_read_alike() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ffn_mult", "width"),
+    [(4.0, 256), (4.015625, 512), (4.0156249, 512), (4.0156244, 256), (39, 2560)],
+)
+def test_ffn_mult_is_rounded_then_truncated_then_padded(ffn_mult: float, width: int) -> None:
+    """64 x ffn_mult at hidden 96: six digits, then an integer, then the next multiple of 256.
+
+    4.0156249 is 4.015625 in six digits, so 257 and not 256; 4.0156244 stays below.
+    """
+    config = TOYS["51b"].config
+    blocks = released_blocks(config, [(None, ffn_mult)])
+    model = oracle.read_config(config | {"block_configs": blocks, "num_hidden_layers": 1})
+    assert model.blocks == ((oracle.Absent(), oracle.Mlp(width)),)
+
+
+@pytest.mark.parametrize(
     ("part", "change"),
     [
         ("", {"hidden_act": "gelu"}),

@@ -39,12 +39,26 @@ def test_saving_gives_back_every_field_of_a_published_configuration(
     assert source.items() <= config.to_dict().items()
 
 
-def test_saving_what_was_saved_changes_nothing(config_fields: Fields, tmp_path: Path) -> None:
-    """Loading and saving again and again is the identity."""
-    source = config_fields([(2, 64)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"rope_scaling": None},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 500000.0}},
+        {"torch_dtype": None},
+        {"id2label": {"0": "one", "1": "other"}, "output_attentions": False},
+    ],
+)
+def test_saving_what_was_saved_changes_nothing(
+    change: dict[str, object], config_fields: Fields, tmp_path: Path
+) -> None:
+    """Loading and saving again and again is the identity, odd and obsolete fields included."""
+    source = config_fields([(2, 64)], **change)
     first = _save(DeciLMConfig(**source), tmp_path)
     assert first == source
     assert first == _save(DeciLMConfig.from_pretrained(tmp_path), tmp_path)
+    assert DeciLMConfig(**source).spec.rope.rotary_base == 500000.0
 
 
 def test_rope_parameters_stay_in_the_form_they_came_in(

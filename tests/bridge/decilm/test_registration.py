@@ -52,6 +52,15 @@ def test_a_checkpoint_with_its_own_code_loads_with_ours(
 
 
 @pytest.mark.usefixtures("isolated")
+def test_an_empty_model_of_such_a_configuration_is_ours(
+    write_checkpoint: Callable[..., Path],
+) -> None:
+    """`from_config` does not follow the `auto_map` either."""
+    config = AutoConfig.from_pretrained(_checkpoint(write_checkpoint))
+    assert type(AutoModelForCausalLM.from_config(config)) is DeciLMForCausalLM
+
+
+@pytest.mark.usefixtures("isolated")
 def test_what_was_saved_is_loaded(
     write_checkpoint: Callable[..., Path], build: Callable[..., DeciLMForCausalLM]
 ) -> None:

@@ -3,8 +3,8 @@
 Run as `megatron_ranks.py save|load DIRECTORY RANK WORLD_SIZE`. It is a script, not a test: saving
 spawns a manager process, which imports the main module anew.
 
-    save   writes `expected()` cut over the ranks: `columns` by columns, `rows` by rows, `layers`
-           stacked and cut by rows, as tensor parallelism cuts them
+    save   writes `expected()` twice: to DIRECTORY/tp1 whole, to DIRECTORY/tp2 cut over the ranks as
+           tensor parallelism does: `columns` by columns, `rows` by rows, `layers` stacked, by rows
     load   reads keys of the test's own checkpoint and torch.saves them to DIRECTORY/loaded.pt
 """
 
@@ -32,17 +32,19 @@ def expected() -> dict[str, torch.Tensor]:
     }
 
 
-def save(directory: Path, rank: int, world_size: int) -> None:
-    """Save with real ShardedTensors."""
+def save(directory: Path, rank: int, tensor_model_parallel_size: int) -> None:
+    """Save with real ShardedTensors; ranks beyond the parts hold replicas."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
     from megatron.core.transformer.enums import AttnBackend
 
     tensors = expected()
+    tp = tensor_model_parallel_size
+    tp_rank, replica = rank % tp, rank // tp
 
     def cut(key: str, axis: int) -> Any:  # noqa: ANN401 - Megatron-Core has no types
-        part = tensors[key].chunk(world_size, axis)[rank].contiguous()
-        return ShardedTensor.from_rank_offsets(key, part, (axis, rank, world_size))
+        part = tensors[key].chunk(tp, axis)[tp_rank].contiguous()
+        return ShardedTensor.from_rank_offsets(key, part, (axis, tp_rank, tp), replica_id=replica)
 
     state: dict[str, object] = {
         "a": cut("decoder.columns.weight", 1),
@@ -53,10 +55,11 @@ def save(directory: Path, rank: int, world_size: int) -> None:
         "d": {
             str(layer): ShardedTensor.from_rank_offsets(
                 "decoder.layers.weight",
-                tensors["decoder.layers.weight"][layer].chunk(world_size)[rank],
+                tensors["decoder.layers.weight"][layer].chunk(tp)[tp_rank],
                 (0, layer, NUM_LAYERS),
-                (1, rank, world_size),
+                (1, tp_rank, tp),
                 prepend_axis_num=1,
+                replica_id=replica,
             )
             for layer in range(NUM_LAYERS)
         },
@@ -130,7 +133,8 @@ def main() -> None:
     # It only logs memory with it, and without psutil it fails in a way that hangs the save.
     filesystem_async._process_memory = lambda: 0
     if command == "save":
-        save(Path(directory), int(rank), int(world_size))
+        for size in (1, 2):
+            save(Path(directory) / f"tp{size}" / "iter_0000007", int(rank), size)
     else:
         load(Path(directory))
     torch.distributed.barrier()

@@ -50,21 +50,18 @@ def as_words(tensor: torch.Tensor) -> Words:
     return tensor.contiguous().view(word).numpy().view(f"<u{tensor.dtype.itemsize}")
 
 
-@pytest.fixture(scope="session", params=[1, 2], ids=["tp1", "tp2"])
-def megatron_checkpoint(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """An iteration's directory that real Megatron-Core ranks wrote over gloo."""
-    world_size = request.param
-    directory = tmp_path_factory.mktemp("megatron") / "iter_0000007"
+@pytest.fixture(scope="session")
+def megatron_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of checkpoints that two real Megatron-Core ranks wrote over gloo."""
+    directory = tmp_path_factory.mktemp("megatron")
     ranks = [
         subprocess.Popen(  # noqa: S603 - our own script
-            [sys.executable, str(RANKS), "save", str(directory), str(rank), str(world_size)],
+            [sys.executable, str(RANKS), "save", str(directory), str(rank), "2"],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(world_size)
+        for rank in range(2)
     ]
     try:
         for rank in ranks:
@@ -74,6 +71,12 @@ def megatron_checkpoint(
         for rank in ranks:
             rank.kill()
     return directory
+
+
+@pytest.fixture(params=["tp1", "tp2"])
+def megatron_checkpoint(request: pytest.FixtureRequest, megatron_checkpoints: Path) -> Path:
+    """The iteration's directory, saved whole and saved cut over two ranks."""
+    return megatron_checkpoints / str(request.param) / "iter_0000007"
 
 
 def read(reader: TorchDistReader, key: str, box: Box | None = None) -> Words:
@@ -181,7 +184,7 @@ def write_checkpoint(
 
 def plain(directory: Path, change: Callable[[dcp.Metadata], None] = lambda _: None) -> Path:
     """A checkpoint of one (6, 4) tensor cut by rows, and one that is whole."""
-    tensors = {
+    tensors: dict[str, tuple[torch.Tensor, list[tuple[int, ...]]]] = {
         "w": (torch.arange(24.0).reshape(6, 4), [(0, 2, 6), (0, 4)]),
         "v": (torch.arange(3), [(0, 3)]),
     }
@@ -195,10 +198,7 @@ def test_any_box_is_assembled_from_any_grid(
 ) -> None:
     """Shapes of no to four dimensions, cut anywhere along every axis."""
     shape = data.draw(st.lists(st.integers(1, 7), max_size=4))
-    cuts = [
-        [0, *sorted(data.draw(st.sets(st.integers(1, n - 1)) if n > 1 else st.just(set()))), n]
-        for n in shape
-    ]
+    cuts: list[list[int]] = [sorted({0, n, *data.draw(st.sets(st.integers(0, n)))}) for n in shape]
     tensor = torch.arange(int(np.prod(shape)), dtype=torch.int32).reshape(shape)
     directory = write_checkpoint(tmp_path_factory.mktemp("grid"), {"t": (tensor, cuts)})
     box = data.draw(boxes(shape))
@@ -214,7 +214,7 @@ def test_an_extent_is_exactly_the_bytes_of_its_box(
 ) -> None:
     """An extent's bytes are the box's; there is one whenever whole rows lie in one chunk."""
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-    cuts = [sorted({0, data.draw(st.integers(0, n)), n}) for n in shape]
+    cuts: list[list[int]] = [sorted({0, data.draw(st.integers(0, n)), n}) for n in shape]
     tensor = torch.arange(int(np.prod(shape)), dtype=torch.int16).reshape(shape)
     directory = write_checkpoint(tmp_path_factory.mktemp("extent"), {"t": (tensor, cuts)})
     box = data.draw(boxes(shape).filter(lambda box: box.volume > 0))
@@ -277,9 +277,9 @@ def test_no_common_state_at_all_is_corrupt(tmp_path: Path) -> None:
 def overlap(metadata: dcp.Metadata) -> None:
     """Make the second chunk begin inside the first, record moved along."""
     chunk = metadata.state_dict_metadata["w"].chunks[1]  # type: ignore[union-attr] # a tensor
-    info = metadata.storage_data.pop(dcp.MetadataIndex("w", chunk.offsets))  # type: ignore[union-attr] # a dict
+    info = metadata.storage_data.pop(dcp.MetadataIndex("w", chunk.offsets))
     chunk.offsets = torch.Size([1, 0])
-    metadata.storage_data[dcp.MetadataIndex("w", chunk.offsets)] = info  # type: ignore[index] # a dict
+    metadata.storage_data[dcp.MetadataIndex("w", chunk.offsets)] = info
 
 
 def hole(metadata: dcp.Metadata) -> None:
@@ -294,7 +294,7 @@ def outside(metadata: dcp.Metadata) -> None:
 
 def info_of(metadata: dcp.Metadata, key: str) -> _StorageInfo:
     """The record of a key's first chunk."""
-    storage: dict[dcp.MetadataIndex, _StorageInfo] = metadata.storage_data  # type: ignore[assignment] # Any
+    storage: dict[dcp.MetadataIndex, _StorageInfo] = metadata.storage_data
     return next(info for index, info in storage.items() if index.fqn == key)
 
 
@@ -319,7 +319,7 @@ def moved(**fields: int) -> Callable[[dcp.Metadata], None]:
 
 def lost(metadata: dcp.Metadata) -> None:
     """Forget where a chunk is."""
-    metadata.storage_data.pop(dcp.MetadataIndex("w", [2, 0]))  # type: ignore[union-attr] # a dict
+    metadata.storage_data.pop(dcp.MetadataIndex("w", [2, 0]))
 
 
 def forgotten(metadata: dcp.Metadata) -> None:
@@ -330,7 +330,7 @@ def forgotten(metadata: dcp.Metadata) -> None:
 def shared(metadata: dcp.Metadata) -> None:
     """Let two chunks share a record."""
     info = info_of(metadata, "v")
-    metadata.storage_data[dcp.MetadataIndex("w", [0, 0])] = info  # type: ignore[index] # a dict
+    metadata.storage_data[dcp.MetadataIndex("w", [0, 0])] = info
 
 
 def compressed(metadata: dcp.Metadata) -> None:
@@ -430,9 +430,7 @@ def test_a_tensor_of_an_unknown_dtype_is_named(tmp_path: Path) -> None:
 
 
 def test_flipped_bytes_of_metadata_are_refused_or_harmless(tmp_path: Path) -> None:
-    """Every single-byte damage of `.metadata` either raises one of our errors or changes nothing
-    about where the elements are.
-    """
+    """Each damaged byte of `.metadata` raises one of our errors, or moves no element."""
     directory = plain(tmp_path / "c")
     data = (directory / ".metadata").read_bytes()
     with TorchDistReader(directory) as reader:

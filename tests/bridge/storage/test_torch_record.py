@@ -83,6 +83,8 @@ def test_torch_loads_what_is_laid_out(name: str, shape: tuple[int, ...]) -> None
 
     archive = zipfile.ZipFile(io.BytesIO(record))
     assert archive.testzip() is None
+    for entry in archive.infolist():  # zipfile checks the directory's CRC-32s, this the headers'
+        assert struct.unpack_from("<I", record, entry.header_offset + 14) == (entry.CRC,)
     assert raw(tensor) == archive.read("archive/data/0")
     for weights_only in (True, False):
         loaded = torch.load(io.BytesIO(record), weights_only=weights_only)
@@ -227,6 +229,19 @@ def test_a_flipped_bit_in_the_pickle_is_found_by_its_crc() -> None:
         locate_tensor(reader(bytes(record)), 0, len(record), where="w")
 
 
+@pytest.mark.parametrize("field", ["directory", "data.pkl", "data/0"])
+def test_an_entry_outside_its_record_is_refused(field: str) -> None:
+    """Positions that lead beyond the record are BR302, though the file may go on there."""
+    record = bytearray(saved(torch.zeros(2, 3)))
+    if field == "directory":
+        at = record.rindex(b"PK\6\6") + 48
+    else:
+        at = record.rindex(b"archive/" + field.encode()) - 4
+    record[at : at + 4] = struct.pack("<I", len(record) + 10)
+    with pytest.raises(CorruptFileError, match="points outside itself"):
+        locate_tensor(reader(bytes(record) + bytes(99999)), 0, len(record), where="w")
+
+
 def test_a_storage_smaller_than_its_tensor_is_refused() -> None:
     """A tensor that reaches past its storage would read the bytes behind it."""
     small, big = (
@@ -274,6 +289,8 @@ def test_records_above_four_gib_are_mapped_by_torch(tmp_path: Path) -> None:
         stream.write(layout.suffix)
     assert layout.size == path.stat().st_size
     assert path.stat().st_blocks * 512 < 1 << 20
+    # APPNOTE 4.4.24: where the directory begins, all ones when ZIP64 says it instead.
+    assert layout.suffix[-6:-2] == b"\xff" * 4
 
     tensor = torch.load(path, mmap=True, weights_only=True)
 

@@ -1,0 +1,182 @@
+"""Reading byte ranges: any box of any array, every path of the reader, short and missing files."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage.files import FileRanges
+from bridge.tiling import Box
+
+WORD = np.dtype("<u2")
+OFFSET = 24
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, FileRanges]]:
+    """A directory and its reader, with one file of 3 MB of counting words behind an offset."""
+    directory = tmp_path_factory.mktemp("ranges")
+    (directory / "w").write_bytes(b"x" * OFFSET + np.arange(1_500_000, dtype=WORD).tobytes())
+    with FileRanges(directory) as files:
+        yield directory, files
+
+
+def counting(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The array that the file holds from the offset on, taken as this shape."""
+    return np.arange(math.prod(shape)).astype(WORD).reshape(shape)
+
+
+@st.composite
+def shapes_and_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box]:
+    """Arrays of up to four dimensions, narrow rows and wide ones, and any box of them."""
+    shape = tuple(draw(st.lists(st.integers(0, 6), max_size=4)))
+    if shape and draw(st.booleans()):
+        shape = (*shape[:-1], draw(st.integers(2000, 5000)))
+    spans = [sorted((draw(st.integers(0, n)), draw(st.integers(0, n)))) for n in shape]
+    return shape, Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))
+
+
+@given(shapes_and_boxes(), st.integers(0, 3))
+def test_any_box_is_read_into_any_view(
+    shelf: tuple[Path, FileRanges], drawn: tuple[tuple[int, ...], Box], layout: int
+) -> None:
+    """Contiguous, strided, transposed and reversed targets all receive the array's own slice."""
+    shape, box = drawn
+    if layout == 0 or not box.shape:
+        out = np.full(box.shape, 7, WORD)
+    elif layout == 1:  # every second element of a larger array
+        out = np.full([2 * n for n in box.shape], 7, WORD)[
+            tuple(slice(None, None, 2) for _ in shape)
+        ]
+    elif layout == 2:  # column-major
+        out = np.full(box.shape[::-1], 7, WORD).T
+    else:
+        out = np.full(box.shape, 7, WORD)[::-1]
+    shelf[1].read_box("w", OFFSET, shape=shape, word=WORD, box=box, out=out)
+    np.testing.assert_array_equal(out, counting(shape)[box.slices])
+
+
+@pytest.mark.parametrize(
+    ("shape", "box"),
+    [
+        ((6, 4000), Box((1, 100), (5, 3000))),
+        ((6, 4000), Box((1, 100), (5, 120))),
+        ((6, 4000), Box((2, 100), (3, 120))),
+        ((700, 2000), Box((0, 3), (700, 5))),
+        ((4, 150_000, 2), Box((1, 20, 0), (3, 90_000, 1))),
+        ((1, 300, 5), Box((0, 7, 0), (1, 9, 5))),
+    ],
+    ids=["wide", "narrow", "one row", "pieces", "stack", "one of a stack"],
+)
+def test_every_path_reads_the_slice_and_nothing_beside_it(
+    shelf: tuple[Path, FileRanges], shape: tuple[int, ...], box: Box
+) -> None:
+    """Wide and narrow columns and stacks arrive, and the frame around the target stays."""
+    frame = np.full([n + 2 for n in box.shape], 7, WORD)
+    inner = tuple(slice(1, -1) for _ in shape)
+    shelf[1].read_box("w", OFFSET, shape=shape, word=WORD, box=box, out=frame[inner])
+    np.testing.assert_array_equal(frame[inner], counting(shape)[box.slices])
+    frame[inner] = 7
+    assert (frame == 7).all()
+
+
+def test_rows_of_one_slice_of_a_stack_cost_no_more_than_themselves(
+    shelf: tuple[Path, FileRanges], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a band of one layer of stacked layers must not read the whole layer."""
+    read = 0
+    preadv = os.preadv
+
+    def counted(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal read
+        count = preadv(descriptor, buffers, offset)
+        read += count
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    box = Box((1, 20, 0), (2, 30, 1000))
+    out = np.empty(box.shape, WORD)
+    shelf[1].read_box("w", OFFSET, shape=(2, 700, 1000), word=WORD, box=box, out=out)
+    np.testing.assert_array_equal(out, counting((2, 700, 1000))[box.slices])
+    assert read == out.nbytes
+
+
+def test_short_reads_are_continued(
+    shelf: tuple[Path, FileRanges], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may give less than was asked for; the rest is asked for again."""
+    preadv = os.preadv
+
+    def stingy(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        return preadv(descriptor, [buffers[0][:3]], offset)
+
+    monkeypatch.setattr(os, "preadv", stingy)
+    out = np.empty(50, WORD)
+    shelf[1].read_into("w", OFFSET + 20, out)
+    np.testing.assert_array_equal(out, np.arange(10, 60))
+
+
+def test_a_file_that_ends_early_is_corrupt(shelf: tuple[Path, FileRanges]) -> None:
+    """The error says where the file ends and how much is missing."""
+    with pytest.raises(CorruptFileError, match="ends at byte 3000024, 6 bytes early") as error:
+        shelf[1].read_into("w", OFFSET + 3_000_000 - 14, np.empty(10, WORD))
+    assert error.value.where == (str(shelf[0] / "w"),)
+
+
+def test_a_file_that_is_not_there_is_an_error_of_ours(shelf: tuple[Path, FileRanges]) -> None:
+    """A missing file is named."""
+    with pytest.raises(CheckpointError, match="cannot open") as error:
+        shelf[1].read_into("missing", 0, np.empty(1, WORD))
+    assert error.value.where == (str(shelf[0] / "missing"),)
+
+
+def test_a_directory_in_place_of_a_file_is_an_error_of_ours(tmp_path: Path) -> None:
+    """What the system cannot read is reported with its reason."""
+    (tmp_path / "w").mkdir()
+    with FileRanges(tmp_path) as files, pytest.raises(CorruptFileError, match="cannot read"):
+        files.read_into("w", 0, np.empty(1, WORD))
+
+
+def test_threads_share_the_files(shelf: tuple[Path, FileRanges]) -> None:
+    """Positional reads have no cursor to fight over."""
+    failures = []
+
+    def work(first: int) -> None:
+        out = np.empty(1000, WORD)
+        for start in range(first, 60_000, 4001):
+            shelf[1].read_into("w", OFFSET + 2 * start, out)
+            if not np.array_equal(out, np.arange(start, start + 1000)):
+                failures.append(start)
+
+    threads = [threading.Thread(target=work, args=(n * 97,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def num_open() -> int:
+    """Number of file descriptors this process holds."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_close_gives_the_descriptors_back(tmp_path: Path) -> None:
+    """Each file is opened once, and none is left open."""
+    (tmp_path / "w").write_bytes(bytes(16))
+    before = num_open()
+    with FileRanges(tmp_path) as files:
+        for _ in range(5):
+            files.read_into("w", 0, np.empty(2, WORD))
+        assert num_open() == before + 1
+    assert num_open() == before
