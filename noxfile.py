@@ -1,6 +1,6 @@
 """The project's jobs: `nox -s parity` is the main one, `nox -l` lists the rest.
 
-All sessions share one virtual environment under `.nox/env`, built once from `.ci/constraints.txt` and
+All sessions share one virtual environment under `.nox/env`, built from `.ci/constraints.txt` and
 rebuilt when that file or the dependencies change: torch is too big to install four times.
 """
 

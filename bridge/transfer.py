@@ -150,7 +150,8 @@ def read_bands(
     for band in bands(box, max_elements=buffer.size):
         words = buffer[: band.volume].reshape(band.shape)
         for tile in tiling.restrict([band]).tiles:
-            target = words[(*tile.target_box.slices, ...)]  # a view of a scalar too
+            place: tuple[Any, ...] = (*tile.target_box.slices, ...)  # a view, of a scalar too
+            target = words[place]
             if tile.source is None:
                 target[...] = 0
             else:

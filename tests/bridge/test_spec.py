@@ -78,8 +78,9 @@ def test_contradictory_dimensions_are_refused_by_name(
     field: str, value: object, complaint: str
 ) -> None:
     """Each impossible value of each field is named in the error."""
+    changes: dict[str, Any] = {field: value}
     with pytest.raises(InconsistentConfigError) as error:
-        replace(SPEC, **{field: value})
+        replace(SPEC, **changes)
     assert any(complaint in place for place in error.value.where), error.value
 
 

@@ -347,7 +347,7 @@ def test_locate_names_the_source_element(drawn: tuple[ModelSpec, int], data: st.
 
 
 _ENOUGH = settings(
-    max_examples=700,
+    max_examples=250,  # three times what the rarest feature takes
     derandomize=True,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],

@@ -40,7 +40,8 @@ def counting(shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
 def shapes_and_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box]:
     """Arrays of up to four dimensions, narrow rows and wide ones, and any box of them."""
     shape = tuple(draw(st.lists(st.integers(0, 6), max_size=4)))
-    if shape and draw(st.booleans()):
+    wide = draw(st.booleans())
+    if shape and wide:
         shape = (*shape[:-1], draw(st.integers(2000, 5000)))
     spans = [sorted((draw(st.integers(0, n)), draw(st.integers(0, n)))) for n in shape]
     return shape, Box(tuple(a for a, _ in spans), tuple(b for _, b in spans))

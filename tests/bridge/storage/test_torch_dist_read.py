@@ -65,7 +65,7 @@ def megatron_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     try:
         for rank in ranks:
-            _, errors = rank.communicate(timeout=120)
+            _, errors = rank.communicate(timeout=240)
             assert rank.returncode == 0, errors[-3000:]
     finally:
         for rank in ranks:

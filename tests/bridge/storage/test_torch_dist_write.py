@@ -143,7 +143,7 @@ def test_megatron_core_loads_the_checkpoint_bitwise(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
