@@ -197,11 +197,18 @@ def _quotient(hidden: int, heads: int, findings: Findings) -> int:
 
 
 def _decilm_kv_channels(reader: FieldReader, hidden: int, heads: int) -> int:
-    # The released remote code always computes hidden // heads; newer schemas may say otherwise.
-    if reader.config.get("head_dim") is None:
-        return _quotient(hidden, heads, reader.findings)
-    given = reader.count("head_dim")
+    # The released remote code always computes hidden // heads. The code of the 2025-11 schema
+    # takes 128 for an absent head_dim, which a reader of another schema would not guess.
     blocks = reader.config.get("block_configs")
+    if reader.config.get("head_dim") is None:
+        quotient = _quotient(hidden, heads, reader.findings)
+        if quotient != 128 and BLOCK_SCHEMAS["2025-11"].matches(blocks):
+            reader.findings.inconsistent.append(
+                f"head_dim is not given: this block schema means 128, hidden_size // "
+                f"num_attention_heads is {quotient}; state which"
+            )
+        return quotient
+    given = reader.count("head_dim")
     if given * heads != hidden and BLOCK_SCHEMAS["released"].matches(blocks):
         reader.findings.inconsistent.append(
             f"head_dim={given}: models of the released block schema compute hidden_size // "
@@ -256,7 +263,7 @@ def hf_config_from_spec(spec: ModelSpec, *, schema: str | None = None) -> dict[s
     if spec.heterogeneous_block_specs:
         config["block_configs"], used = write_blocks(spec, schema=schema)
         config |= {"num_key_value_heads": None, "intermediate_size": None}
-        if used != "released" and spec.kv_channels * spec.num_attention_heads != spec.hidden_size:
+        if used != "released":
             config["head_dim"] = spec.kv_channels
     elif isinstance(first.attention, GroupedQueryAttention) and isinstance(first.ffn, SwiGLU):
         config["num_key_value_heads"] = first.attention.num_query_groups

@@ -303,6 +303,11 @@ def tensor_parallel_problems(spec: ModelSpec, tp: int) -> list[str]:
                         f"block {layer_idx}: num_query_groups={groups} is neither a multiple nor "
                         f"a divisor of tensor_model_parallel_size={tp}"
                     )
+                elif spec.num_attention_heads % tp == 0 and 2 * groups * spec.kv_channels % tp:
+                    wrong.append(
+                        f"block {layer_idx}: num_query_groups={groups} x kv_channels="
+                        f"{spec.kv_channels} give linear_qkv too few rows for an even split"
+                    )
             case Linear():
                 if spec.hidden_size % tp:
                     wrong.append(f"block {layer_idx}: linear attention of {spec.hidden_size} rows")

@@ -312,9 +312,9 @@ def _death(worker: _Worker) -> _Failure:
 
 def _dump_stacks(workers: list[_Worker]) -> None:
     alive = [worker for worker in workers if worker.process.is_alive()]
-    for worker in alive:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.process.pid or 0, signal.SIGUSR1)
+    for worker in alive:  # forked children of a rank dump theirs too
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.process.pid or 0, signal.SIGUSR1)
     if alive:
         time.sleep(_STACK_DUMP)
 

@@ -5,6 +5,7 @@ Every function here takes a `RankContext` and plain data, and returns plain data
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,11 @@ def load_by_megatron(
 def save_by_megatron(context: RankContext, request: ModelRequest, checkpoint: Path) -> None:
     """Save the model of a request with Megatron-Core, as training does, under a new root."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if importlib.util.find_spec("psutil") is None:
+        # Only logged, but without psutil its writer processes die on it and the save waits forever.
+        filesystem_async._process_memory = lambda: 0  # noqa: SLF001 - megatron-core 0.16.1 has no other seam
 
     iteration = checkpoint / "iter_0000001"
     if context.rank == 0:

@@ -201,7 +201,7 @@ def inverse_frequencies(model: Architecture) -> Float32s:
     Each step is rounded to float32 in the order of the published definition, where dividing a
     number by a tensor is multiplying it by the reciprocal. The power alone is computed in float64
     and rounded once, since float32 power functions differ between libraries by an ulp. torch's is
-    equal to this for every head size below 72 and for 128 at theta 500000; at 72, 76, 92, 96, 104
+    equal to this for multiples of 4 below 72 and for 128 at theta 500000; at 72, 76, 92, 96, 104
     and some larger ones it is an ulp off at one frequency or more.
     """
     one = np.float32(1)

@@ -7,7 +7,6 @@ type of a rank function's first argument, `RankContext`.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     import torch
 
 _Value = TypeVar("_Value")
-_PR_SET_PDEATHSIG: Final = 1
 _KEPT: Final = 2
 """Values `RankContext.cached` keeps: a model, and the one it is compared with."""
 
@@ -192,9 +190,6 @@ def _settle(settings: RankSettings) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115 - descriptor 2
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
-    # When the fork server goes, so do we; when the user's process goes, the watcher sees it.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
@@ -208,5 +203,6 @@ def _settle(settings: RankSettings) -> None:
 
 
 def _die_with(sentinel: int) -> None:
+    """End this rank and its children when the user's process is gone, however it went."""
     multiprocessing.connection.wait([sentinel])
     os.killpg(0, signal.SIGKILL)

@@ -117,7 +117,13 @@ def _model_specs(
         hidden = tp * draw(st.integers(1, 24))
     # Every linear replacement needs hidden_size % TP == 0: both ways of drawing it give that.
     groups = st.sampled_from(
-        [n for n in range(1, heads + 1) if heads % n == 0 and (n % tp == 0 or tp % n == 0)]
+        [
+            n
+            for n in range(1, heads + 1)
+            if heads % n == 0
+            and (n % tp == 0 or tp % n == 0)
+            and 2 * n * kv_channels % tp == 0  # an even share of linear_qkv's rows
+        ]
     )
     # 256 is a multiple of any TP that is a power of two; others multiply it.
     step = _WIDTH_STEP * (1 if _WIDTH_STEP % tp == 0 else tp)
@@ -261,7 +267,10 @@ def hf_configs(draw: DrawFn, *, max_layers: int = 5) -> DrawnConfig:
         spec,
         schema=schema,
         rope_style=rope_style,
-        state_head_dim=not plain or (schema != "released" and draw(st.booleans())),
+        state_head_dim=not plain
+        # The 2025-11 code means 128 by an absent head_dim; the bridge refuses to choose.
+        or schema == "2025-11"
+        or (schema != "released" and draw(st.booleans())),
     )
     return DrawnConfig(config=config, spec=spec, schema=schema, rope_style=rope_style)
 

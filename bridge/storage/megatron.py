@@ -62,7 +62,10 @@ class MegatronSource:
     def __init__(self, path: Path) -> None:
         self.directory, self.iteration = open_checkpoint(path)
         self.root = self.directory.parent
-        self._reader = TorchDistReader(self.directory)
+        # Optimizer state is far bigger than the model; nothing of it is even looked at.
+        self._reader = TorchDistReader(
+            self.directory, ignore=lambda key: _MODEL.fullmatch(key) is None
+        )
         self.args = _args(self._reader.common())
         self.args_where = str(self.directory / "common.pt: args")
         self._stored: dict[str, tuple[str, int | None]] = {}

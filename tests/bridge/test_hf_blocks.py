@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, InconsistentConfigError
 from bridge.hf_blocks import (
     BLOCK_SCHEMAS,
     ffn_mult_to_width,
@@ -18,6 +18,7 @@ from bridge.hf_blocks import (
     width_to_ffn_mult,
     write_blocks,
 )
+from bridge.hf_config import hf_config_from_spec, spec_from_hf_config
 from bridge.hf_fields import Findings
 from bridge.spec import (
     AttentionSpec,
@@ -374,3 +375,27 @@ def test_a_schema_that_cannot_say_it_is_refused(model: ModelSpec, schema: str) -
     """Asked for a schema that would lose the model, the writer refuses."""
     with pytest.raises(ConfigError):
         write_blocks(model, schema=schema)
+
+
+def test_a_2025_11_configuration_must_state_a_head_dim_that_its_own_code_would_not_guess() -> None:
+    """Its code means 128 by an absent head_dim, another reader hidden // heads: refused."""
+    spec = spec_from_hf_config(
+        {
+            **json.loads((VARIANTS / "Llama-3_3-Nemotron-Super-49B-v1.json").read_text()),
+            "num_attention_heads": 128,
+            "block_configs": [
+                {
+                    "attention": {"n_heads_in_group": 16, "no_op": False},
+                    "ffn": {"intermediate_size": 512, "no_op": False},
+                }
+            ]
+            * 80,
+            "head_dim": 64,
+        }
+    )
+    assert spec.kv_channels == 64
+    config = hf_config_from_spec(spec, schema="2025-11")
+    del config["head_dim"]
+    with pytest.raises(InconsistentConfigError) as caught:
+        spec_from_hf_config(config)
+    assert "head_dim is not given" in caught.value.where[0]

@@ -253,11 +253,19 @@ def test_tp_sizes_that_divide_everything_are_allowed(tp: int) -> None:
             ["block 1: linear FFN of 50", "block 2: linear attention of 50"],
         ),
         (replace(SPEC, hidden_size=50, blocks=(block(NoOp(), NoOp()),)), 4, []),
-        (replace(SPEC, blocks=(block(2, 36),)), 12, []),
+        (replace(SPEC, kv_channels=6, blocks=(block(2, 36),)), 12, []),
         (replace(SPEC, blocks=(block(6, 36),)), 4, ["block 0: num_query_groups=6"]),
         (replace(SPEC, blocks=(block(3, 36),)), 2, ["block 0: num_query_groups=3"]),
+        # 8 heads of 2 channels and one group: linear_qkv has 20 rows, which 8 ranks cannot share.
+        (
+            replace(SPEC, num_attention_heads=8, kv_channels=2, blocks=(block(1, 64),)),
+            8,
+            ["block 0: num_query_groups=1 x kv_channels=2"],
+        ),
+        (replace(SPEC, num_attention_heads=8, kv_channels=4, blocks=(block(1, 64),)), 8, []),
     ],
-    ids=["heads", "widths", "linears", "no-ops", "groups below tp", "neither way", "odd groups"],
+    ids=["heads", "widths", "linears", "no-ops", "groups below tp", "neither way", "odd groups",
+        "rows", "enough rows"],
 )  # fmt: skip
 def test_what_tp_does_not_divide_is_named(spec: ModelSpec, tp: int, problems: list[str]) -> None:
     """Heads, groups, widths and linears are named block by block; groups may go either way."""
