@@ -6,18 +6,15 @@ own inputs, and a whole suite computes each reference once.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar
 
 import numpy as np
 
-from bridge.convert import ConversionOptions, export_checkpoint, import_checkpoint, read_spec
+from bridge.convert import export_checkpoint, import_checkpoint, read_spec
 from bridge.hf_config import load_hf_config
 from bridge.spec import ModelSpec, ParallelLayout
 from harness import coded, live
@@ -96,7 +93,7 @@ class Bench:
         self._made: dict[tuple[object, ...], Any] = {}
         self._pools: dict[str, RankPool] = {}
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -179,7 +176,6 @@ class Bench:
                 target,
                 tensor_model_parallel_size=layout.tensor_model_parallel_size,
                 pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-                options=ConversionOptions(),
             )
         if self.fault.checkpoint is not None:
             self.fault.checkpoint(target)
@@ -189,7 +185,7 @@ class Bench:
         """A Megatron checkpoint as Hugging Face's, written anew on every call."""
         target = self._fresh(f"{megatron.name}-hf")
         with self.fault.changed_code():
-            export_checkpoint(megatron, target, hf_model=hf_model, options=ConversionOptions())
+            export_checkpoint(megatron, target, hf_model=hf_model)
         return target
 
     def fresh(self, name: str) -> Path:
@@ -236,14 +232,14 @@ class Bench:
 
     def _reference(self, case: Case, path: Path) -> Reference:
         import torch
+        import transformers
 
         from bridge.decilm import load_reference
 
+        transformers.utils.logging.disable_progress_bar()  # ours counts cases
         logger.info("reference logits of %s in %s", case.model, case.dtype)
         trust = self.subject(case.model).trust_remote_code
-        model = load_reference(
-            path, dtype=getattr(torch, case.dtype), trust_remote_code=trust
-        )
+        model = load_reference(path, dtype=getattr(torch, case.dtype), trust_remote_code=trust)
         if self.fault.reference is not None:
             self.fault.reference(model)
         logits = {}
@@ -333,20 +329,3 @@ def versions() -> dict[str, Any]:
     from bridge.platform import describe
 
     return {"nemotron-bridge": __version__, **describe()}
-
-
-def as_plain(data: object) -> Any:  # noqa: ANN401 - JSON
-    """Data classes, tuples and NumPy numbers as what `json` writes."""
-    return json.loads(json.dumps(data, default=_plain))
-
-
-@functools.singledispatch
-def _plain(value: object) -> object:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
-    return str(value)
-
-
-@_plain.register(np.generic)
-def _(value: np.generic) -> object:
-    return value.item()

@@ -107,8 +107,9 @@ class _Safetensors(Mapping[str, Any]):
 
         self._files: dict[str, Any] = {}
         for path in sorted(directory.glob("*.safetensors")):
-            handle = safe_open(path, framework="pt")
-            self._files |= dict.fromkeys(handle.keys(), handle)
+            handle: Any = safe_open(path, framework="pt")
+            names: list[str] = handle.keys()
+            self._files |= dict.fromkeys(names, handle)
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 - a torch tensor
         return self._files[name].get_tensor(name)

@@ -184,9 +184,7 @@ class RankPool:
             with _without_main():
                 process.start()
             theirs.close()
-            self._workers.append(
-                _Worker(rank=rank, process=process, connection=ours, log=log)
-            )
+            self._workers.append(_Worker(rank=rank, process=process, connection=ours, log=log))
 
     def _form(self, layout: ParallelLayout) -> None:
         """Choose the groups' meeting place; ranks that are not part of the layout leave."""

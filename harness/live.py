@@ -5,7 +5,6 @@ Every function here takes a `RankContext` and plain data, and returns plain data
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,9 +184,9 @@ def load_by_megatron(
         compared += mine.tensor.numel()
         found = first_difference(words_of(other.tensor), words_of(mine.tensor))
         if found is not None:
-            index, count = found
+            at, count = found
             problems.append(
-                f"rank {context.rank}: {mine.name}{list(index)}: {count} elements differ between "
+                f"rank {context.rank}: {mine.name}{list(at)}: {count} elements differ between "
                 "Megatron-Core's loader and ours, this one first"
             )
     return problems, compared
@@ -196,11 +195,6 @@ def load_by_megatron(
 def save_by_megatron(context: RankContext, request: ModelRequest, checkpoint: Path) -> None:
     """Save the model of a request with Megatron-Core, as training does, under a new root."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if importlib.util.find_spec("psutil") is None:
-        # Only logged, but without psutil its writer processes die on it and the save waits forever.
-        filesystem_async._process_memory = lambda: 0  # noqa: SLF001 - megatron-core 0.16.1 has no other seam
 
     iteration = checkpoint / "iter_0000001"
     if context.rank == 0:

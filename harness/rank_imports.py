@@ -13,6 +13,7 @@ import warnings
 # streams are the user's terminal.
 with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     warnings.simplefilter("ignore")
+    # Imported for the processes forked from this one.
     import megatron.core.dist_checkpointing
     import megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs
     import torch.distributed.checkpoint
@@ -20,4 +21,6 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     import bridge.model
     import bridge.platform
     import bridge.storage.megatron
-    import harness.ranks  # noqa: F401 - imported for the processes forked from this one
+    import harness.ranks
+
+__all__ = ["bridge", "harness", "megatron", "torch"]

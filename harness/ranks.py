@@ -186,8 +186,8 @@ def _settle(settings: RankSettings) -> None:
     log = os.open(settings.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115 - descriptor 1
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115 - descriptor 2
+    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - descriptor 1
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - descriptor 2
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     parent = multiprocessing.parent_process()

@@ -103,8 +103,9 @@ def _say(part: object) -> str:
             return "no-op"
         case Linear() | oracle.Replaced():
             return "linear"
-        case GroupedQueryAttention(num_query_groups=groups) | oracle.Attention(
-            num_query_groups=groups
+        case (
+            GroupedQueryAttention(num_query_groups=groups)
+            | oracle.Attention(num_query_groups=groups)
         ):
             return f"attention with {groups} query groups"
         case SwiGLU(ffn_hidden_size=width) | oracle.Mlp(ffn_hidden_size=width):

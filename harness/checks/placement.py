@@ -16,13 +16,14 @@ import numpy as np
 
 from harness import live, oracle
 from harness.bench import Bench
-from harness.coded import Codes, Codes32, CodedSource, codes_of
+from harness.coded import CodedSource, Codes, Codes32, codes_of
 from harness.compare import Finding, exact, first_difference, words_of
 from harness.live import LiveTensor, ModelRequest, summed
 from harness.ranks import RankContext
 from harness.suite import Case
 
 _LAYER: Final = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_NOT_STORED: Final = Path()
 _MAX_STORED: Final = 1 << 30
 """Elements up to which the way through a torch_dist is checked with coded tensors too."""
 
@@ -39,23 +40,22 @@ def run(case: Case, bench: Bench) -> Finding:
         layout=bench.layout(case),
         params_dtype="float32",
         kind="megatron",
-        path=bench.coded_megatron(case) if stored else Path(),
+        path=bench.coded_megatron(case) if stored else _NOT_STORED,
         device="cuda" if case.device == "cuda" else "cpu",
         variant=bench.fault.name,
     )
     config = bench.config(case)
-    ranks = bench.run(case, request.layout, look, request, codes, config, stored)
+    ranks = bench.run(case, request.layout, look, request, codes, config)
     problems, compared = summed(ranks)
-    wanted = len(ranks) * (2 if stored else 1)
     return exact(
         problems,
         compared=compared,
-        what="elements on real ranks" + ("" if wanted > len(ranks) else ", Hugging Face side only"),
+        what="elements on real ranks" + ("" if stored else ", Hugging Face side only"),
     )
 
 
 def look(
-    context: RankContext, request: ModelRequest, codes: Codes, config: dict[str, Any], stored: bool
+    _context: RankContext, request: ModelRequest, codes: Codes, config: dict[str, Any]
 ) -> tuple[list[str], int]:
     """Load and compare, on one rank.
 
@@ -72,7 +72,7 @@ def look(
     tp = parallel_state.get_tensor_model_parallel_world_size()
     parts = live.build(request)
     problems, compared = [], 0
-    for way in ("from Hugging Face", "from torch_dist")[: 2 if stored else 1]:
+    for way in ("from Hugging Face", "from torch_dist")[: 1 if request.path == _NOT_STORED else 2]:
         for part in parts:
             for parameter in part.parameters():
                 parameter.data.fill_(float("nan"))
@@ -167,9 +167,7 @@ def expected_rows(
         return [(f"{layer}.input_layernorm.weight", row) for row in everything], None
     if leaf in ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"):
         return [(f"{layer}.post_attention_layernorm.weight", row) for row in everything], None
-    share = range(
-        tp_rank * model.hidden_size // tp, (tp_rank + 1) * model.hidden_size // tp
-    )
+    share = range(tp_rank * model.hidden_size // tp, (tp_rank + 1) * model.hidden_size // tp)
     if leaf == "self_attention.weight":
         # ColumnParallelLinearGathered: outputs are dealt out, then gathered.
         return [(f"{layer}.self_attn.linear_attn.weight", row) for row in share], everything

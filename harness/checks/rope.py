@@ -58,7 +58,5 @@ def _differences(
     at: list[int] = [int(i) for i in index]
     if rows is not None:
         at[0] = int(rows[at[0]])
-    return [
-        f"{name}{at}: {ours[index]:.9g}, {whose} {theirs[index]:.9g}; "
-        f"{int(different.sum())} of {ours.size} differ"
-    ]
+    values = f"{ours[index]:.9g}, {whose} {theirs[index]:.9g}"
+    return [f"{name}{at}: {values}; {int(different.sum())} of {ours.size} differ"]

@@ -58,9 +58,8 @@ def directories(source: Path, back: Path, spec: ModelSpec, plan: Plan) -> Findin
         located = dict(elements)
         for problem in found:
             name = problem.partition("[")[0]
-            if name in located:
-                problem = f"{problem}; {in_megatron(plan, name, located[name])}"
-            problems.append(problem)
+            tile = f"; {in_megatron(plan, name, located[name])}" if name in located else ""
+            problems.append(problem + tile)
     problems += [f"{name}: {_how(theirs[name], ours[name])}" for name in differing]
     size = sum(path.stat().st_size for path in theirs.values())
     return exact(
@@ -87,9 +86,7 @@ def in_megatron(plan: Plan, name: str, index: tuple[int, ...]) -> str:
 
 def _files(directory: Path) -> dict[str, Path]:
     return {
-        str(path.relative_to(directory)): path
-        for path in directory.rglob("*")
-        if path.is_file()
+        str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from bridge.convert import difference
+from bridge.conversion import difference
 from bridge.errors import BridgeError, ConfigError
 from bridge.megatron_args import spec_from_checkpoint_args
 from bridge.parameters import EMBEDDING_ROW

@@ -1,0 +1,297 @@
+"""`nemotron-bridge`: the conversion commands of `bridge.cli`, and those that verify.
+
+Importing this module imports no torch: `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+import typer
+
+from bridge.cli import HfModel, PpSize, Revision, TpSize, VppSize, app
+from bridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from harness.runner import Result, RunReport
+    from harness.suite import Case
+
+JsonTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Write the evidence as JSON; - is stdout, instead of text."
+    ),
+]
+Select = Annotated[
+    list[str] | None,
+    typer.Option("--select", help="Only cases whose id has this in it, or fits this glob."),
+]
+ListOnly = Annotated[
+    bool, typer.Option("--list", "--dry-run", help="Print the ids of the cases; run nothing.")
+]
+DtypeName = Annotated[
+    Literal["float32", "bfloat16"], typer.Option("--dtype", help="What to compute in.")
+]
+DeviceName = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own code as reference.")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=1, help="Seconds that one case may keep ranks busy.")
+]
+_CUT_FOR = ("tp1-pp1",)
+
+
+@app.command()
+def verify(
+    hf_model: HfModel,
+    megatron_path: Annotated[
+        Path | None,
+        typer.Option("--megatron-path", help="A Megatron checkpoint to hold against it."),
+    ] = None,
+    layouts: Annotated[
+        str, typer.Option("--layouts", help="Comma-separated, such as tp2-pp1,tp1-pp2.")
+    ] = "tp1-pp1,tp2-pp1,tp1-pp2",
+    dtype: DtypeName = "float32",
+    device: DeviceName = "cpu",
+    select: Select = None,
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    timeout: Timeout = 1800.0,
+    list_only: ListOnly = False,
+    json_: JsonTarget = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Directory for the evidence and rank logs.")
+    ] = None,
+) -> None:
+    """Prove a conversion: configuration, weights, placement, RoPE and logits against the reference.
+
+    Without --megatron-path the checkpoint is converted there and back and compared; with it, that
+    checkpoint is compared bit by bit and is what the ranks load.
+    """
+    from bridge.hub import resolve_model
+    from harness.bench import Subject
+    from harness.layouts import check_layout_name
+    from harness.suite import Case
+    from harness.suite import select as select_cases
+
+    names = [name.strip() for name in layouts.split(",") if name.strip()]
+    for name in names:
+        check_layout_name(name)
+    path = resolve_model(hf_model, weights=True, revision=revision)
+    model = path.resolve().name
+    first: list[tuple[str, Sequence[str | None]]] = [("config", (None,))]
+    first.append(("weights", (None,)) if megatron_path else ("round_trip", _CUT_FOR))
+    cases = [
+        Case(check=check, model=model, dtype=dtype, layout=layout, device=device)
+        for check, places in (*first, ("placement", names), ("rope", names))
+        for layout in places
+    ]
+    cases += [
+        Case(check="logits", model=model, dtype=dtype, layout=layout, probe=probe, device=device)
+        for layout in names
+        for probe in ("short", "long")
+    ]
+    subject = Subject(
+        name=model, hf=path, megatron=megatron_path, trust_remote_code=trust_remote_code
+    )
+    chosen = select_cases(cases, select or ())
+    if list_only:
+        _print_ids(chosen)
+        return
+    _finish(_run(chosen, {model: subject}, timeout, report, suite=None, json_=json_))
+
+
+@app.command()
+def parity(
+    suite: Annotated[str, typer.Option("--suite", help="Name, or path of a TOML file.")] = "parity",
+    select: Select = None,
+    timeout: Timeout = 300.0,
+    allow_not_run: Annotated[
+        list[str] | None,
+        typer.Option("--allow-not-run", help="Reason that is no failure, such as gpu."),
+    ] = None,
+    list_only: ListOnly = False,
+    json_: JsonTarget = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Directory for the evidence and rank logs.")
+    ] = None,
+) -> None:
+    """Run a suite: toys of the whole family against real Megatron-Core ranks."""
+    from harness.suite import load_suite
+    from harness.suite import select as select_cases
+
+    loaded = load_suite(suite)
+    chosen = select_cases(loaded.cases, select or ())
+    if list_only:
+        _print_ids(chosen)
+        return
+    _finish(
+        _run(
+            chosen, {}, timeout, report, suite=loaded.name, json_=json_,
+            allow_not_run=allow_not_run or (),
+        )
+    )  # fmt: skip
+
+
+@app.command()
+def logits(
+    input_: Annotated[
+        Path, typer.Option("--input", help="safetensors: input_ids, optionally position_ids.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="safetensors file to write.")],
+    hf_model: Annotated[
+        str | None, typer.Option("--hf-model", help="Checkpoint directory or Hub id.")
+    ] = None,
+    megatron_path: Annotated[
+        Path | None, typer.Option("--megatron-path", help="Megatron checkpoint to run.")
+    ] = None,
+    tp: TpSize = 1,
+    pp: PpSize = 1,
+    vp: VppSize = None,
+    dtype: DtypeName = "float32",
+    device: DeviceName = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    timeout: Timeout = 1800.0,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document instead of text.")
+    ] = False,
+) -> None:
+    """Write the logits of one model: Hugging Face's, or Megatron's over the layout's ranks.
+
+    With --megatron-path, --hf-model may add the configuration that the checkpoint lacks.
+    """
+    from bridge.console import print_json
+    from bridge.hub import resolve_model
+    from harness.logits_file import compute_hf, compute_megatron, read_input, write_output
+
+    probe = read_input(input_)
+    path = None
+    if hf_model is not None:
+        path = resolve_model(hf_model, weights=megatron_path is None, revision=revision)
+    if megatron_path is not None:
+        found = compute_megatron(
+            megatron_path, probe, hf_model=path, tp=tp, pp=pp, vp=vp, dtype=dtype, device=device,
+            timeout=timeout,
+        )  # fmt: skip
+    elif path is not None:
+        found = compute_hf(
+            path, probe, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+    else:
+        from bridge.console import UsageError
+
+        raise UsageError("no model", hint="give --hf-model or --megatron-path")
+    write_output(output, found)
+    result = {"output": str(output), "shape": list(found.shape), "dtype": "float32"}
+    if json_:
+        print_json(result)
+    else:
+        typer.echo(f"{output}: logits {tuple(found.shape)}, float32")
+
+
+def _print_ids(cases: Sequence[Case]) -> None:
+    for case in cases:
+        typer.echo(case.id)
+
+
+def _run(
+    cases: Sequence[Case],
+    subjects: dict,  # type: ignore[type-arg]  # Subject is imported where torch may be
+    timeout: float,
+    report_dir: Path | None,
+    *,
+    suite: str | None,
+    json_: str | None,
+    allow_not_run: Sequence[str] = (),
+) -> RunReport:
+    from bridge.console import stdout
+    from harness.bench import Bench, versions
+    from harness.report.evidence import evidence, identity, write_json
+    from harness.report.text import print_report
+    from harness.runner import run_cases
+
+    if report_dir is not None:
+        report_dir.mkdir(parents=True, exist_ok=True)
+    log_dir = None if report_dir is None else report_dir / "ranks"
+    inputs = {}
+    with (
+        tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as workdir,
+        Bench(Path(workdir), subjects=subjects, timeout=timeout, log_dir=log_dir) as bench,
+        _Progress(len(cases)) as progress,
+    ):
+        found = run_cases(
+            cases, bench, on_result=progress.advance, allowed_not_run=set(allow_not_run)
+        )
+        for case in cases:
+            if case.model not in inputs:
+                inputs[case.model] = identity(bench.checkpoint(case))
+    data = evidence(found, command=sys.argv, suite=suite, inputs=inputs, versions=versions())
+    if report_dir is not None:
+        write_json(data, str(report_dir / "evidence.json"))
+    if json_ is not None:
+        write_json(data, json_)
+    if json_ != "-":
+        print_report(found, stdout())
+    return found
+
+
+class _Progress:
+    """A bar on stderr where that is a terminal, one line per failure where it is not."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        console = Console(stderr=True)
+        self._progress = Progress(console=console, disable=not console.is_terminal, transient=True)
+        self._task = self._progress.add_task("cases", total=total)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, result: Result) -> None:
+        """Count one case."""
+        from harness.report.text import progress_line
+
+        self._progress.update(self._task, advance=1, description=result.case.id)
+        if result.status != "passed":
+            self._progress.console.print(progress_line(result), markup=False, highlight=False)
+
+
+def _finish(report: RunReport) -> None:
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def main() -> None:
+    """Run the command line; the entry point.
+
+    Exits with 0 (passed), 1 (a check failed), 2 (bad usage or input), 3 (could not run) or 130
+    (interrupted). Errors a user can act on are printed without a traceback.
+    """
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
+    try:
+        app()
+    except BridgeError as error:
+        sys.stderr.write(f"{error}\n")
+        for note in getattr(error, "__notes__", ()):
+            sys.stderr.write(f"note: {note}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

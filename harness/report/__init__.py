@@ -1,0 +1,1 @@
+"""What a run looks like: text for people, JSON for machines."""

@@ -1,0 +1,320 @@
+"""Four Megatron-Core ranks that build, fill and run toy models at every layout.
+
+Run as `model_ranks.py DIRECTORY`; each rank leaves what it saw in DIRECTORY/rank-N.pt. A script and
+not a test: ranks are forked from it, so that Megatron is imported once. test_model.py judges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from bridge import platform
+from bridge.dtypes import Words, dtype_named
+from bridge.errors import BridgeError
+from bridge.model import build_model, forward, load_hf, load_megatron, local_parameters
+from bridge.parameters import hf_tensors, parameters
+from bridge.pipeline import parse_layout
+from bridge.spec import (
+    BlockSpec,
+    GroupedQueryAttention,
+    Linear,
+    Llama3Scaling,
+    ModelSpec,
+    NoOp,
+    ParallelLayout,
+    RopeSpec,
+    SwiGLU,
+)
+from bridge.storage.source import TensorInfo
+from bridge.tiling import Box
+
+WORLD_SIZE = 4
+TIME_LIMIT = 240
+
+LLAMA = ModelSpec(
+    hidden_size=40,
+    num_attention_heads=8,
+    kv_channels=6,
+    vocab_size=131,
+    max_position_embeddings=131072,
+    layernorm_epsilon=1e-5,
+    rope=RopeSpec(
+        rotary_base=500000.0,
+        scaling=Llama3Scaling(
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=8192,
+        ),
+    ),
+    share_embeddings_and_output_weights=False,
+    params_dtype="float32",
+    blocks=(
+        BlockSpec(
+            attention=GroupedQueryAttention(num_query_groups=2), ffn=SwiGLU(ffn_hidden_size=56)
+        ),
+    )
+    * 4,
+    heterogeneous_block_specs=False,
+)
+TIED = dataclasses.replace(
+    LLAMA, share_embeddings_and_output_weights=True, blocks=LLAMA.blocks[:3], vocab_size=125
+)
+DECILM = dataclasses.replace(
+    LLAMA,
+    heterogeneous_block_specs=True,
+    rope=RopeSpec(
+        rotary_base=500000.0,
+        # Values that Megatron has no arguments for.
+        scaling=Llama3Scaling(
+            factor=16.0,
+            low_freq_factor=2.0,
+            high_freq_factor=16.0,
+            original_max_position_embeddings=4096,
+        ),
+    ),
+    blocks=(
+        BlockSpec(attention=NoOp(), ffn=SwiGLU(ffn_hidden_size=64)),
+        BlockSpec(attention=GroupedQueryAttention(num_query_groups=4), ffn=Linear()),
+        BlockSpec(attention=NoOp(), ffn=NoOp()),
+        BlockSpec(attention=NoOp(), ffn=NoOp()),
+        BlockSpec(attention=Linear(), ffn=Linear()),
+        BlockSpec(
+            attention=GroupedQueryAttention(num_query_groups=2), ffn=SwiGLU(ffn_hidden_size=24)
+        ),
+        BlockSpec(attention=GroupedQueryAttention(num_query_groups=8), ffn=NoOp()),
+    ),
+)
+NO_LINEAR = dataclasses.replace(
+    DECILM,
+    blocks=tuple(block for block in DECILM.blocks if Linear() not in (block.attention, block.ffn)),
+)
+SPECS = {"llama": LLAMA, "tied": TIED, "decilm": DECILM, "no-linear": NO_LINEAR}
+
+
+def _stages(pp: int, counts: Sequence[int], vpp: int | None = None) -> ParallelLayout:
+    return ParallelLayout(
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        num_layers_per_stage=tuple(counts),
+        make_vocab_size_divisible_by=8,
+    )
+
+
+def _layouts() -> dict[str, tuple[str, ParallelLayout]]:
+    found = {}
+    for model, names in {
+        "llama": "tp1-pp1 tp2-pp1 tp4-pp1 tp1-pp2 tp2-pp2 tp1-pp2-vp2 tp2-pp1-sp tp1-pp4",
+        "tied": "tp1-pp1 tp2-pp1 tp1-pp2 tp2-pp2 tp2-pp2-sp",
+        "decilm": "tp1-pp1 tp2-pp1 tp4-pp1 tp1-pp2 tp2-pp2 tp2-pp2-vp2",
+        "no-linear": "tp2-pp1 tp2-pp1-sp tp2-pp2-sp tp4-pp1-sp",
+    }.items():
+        for name in names.split():
+            layout = parse_layout(name, SPECS[model], make_vocab_size_divisible_by=8)
+            found[f"{model}-{name}"] = (model, layout)
+    # Stage 1 holds nothing but no-ops: not a single parameter. Stage 3 has no layer at all.
+    found["decilm-empty-stage"] = ("decilm", _stages(4, (2, 2, 3, 0)))
+    found["decilm-uneven-vp"] = ("decilm", _stages(2, (1, 1, 1, 1, 1, 2), vpp=3))
+    return found
+
+
+LAYOUTS = _layouts()
+INPUT_IDS = torch.randint(0, 125, (2, 11), generator=torch.Generator().manual_seed(3))
+FAR = torch.tensor([0, 1, 7, 500, 4096, 8191, 8192, 40000, 99999, 131070, 131071])
+PROBES = {"near": None, "far": FAR, "rows": torch.stack([FAR, FAR.flip(0)])}
+
+
+class DictSource:
+    """A TensorSource over torch tensors in memory that remembers how much was read."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._words: dict[str, Words] = {}
+        self._infos: dict[str, TensorInfo] = {}
+        self.elements_read = 0
+        for name, tensor in tensors.items():
+            dtype = dtype_named(str(tensor.dtype))
+            signed = tensor.contiguous().view(getattr(torch, f"int{8 * dtype.itemsize}")).numpy()
+            self._words[name] = signed.view(dtype.word)
+            self._infos[name] = TensorInfo(shape=tuple(tensor.shape), dtype=dtype)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Everything the source holds."""
+        return self._infos
+
+    def read_into(self, name: str, box: Box, out: Words) -> None:
+        """Copy a box."""
+        out[...] = self._words[name][box.slices]
+        self.elements_read += box.volume
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def hf_weights(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Weights large enough for mistakes to show: std 1/sqrt(fan_in), norms far from 1."""
+    generator = torch.Generator().manual_seed(17)
+    found = {}
+    for name, shape in hf_tensors(spec).items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            found[name] = 1 + 0.3 * noise
+        elif name == "model.embed_tokens.weight":
+            found[name] = noise
+        else:
+            found[name] = noise / math.sqrt(shape[1])
+    return found
+
+
+def megatron_weights(spec: ModelSpec, rows: int) -> dict[str, torch.Tensor]:
+    """The same model under Megatron's names, placed element by element."""
+    hf = hf_weights(spec)
+    found = {}
+    for name, parameter in parameters(spec, padded_vocab_size=rows).items():
+        whole = torch.full(parameter.shape, -7.0)  # padding that must never be looked at
+        for tile in parameter.tiling.tiles:
+            if tile.source is not None:
+                whole[tile.target_box.slices] = hf[tile.source][tile.source_box.slices]
+        found[name] = whole
+    return found
+
+
+def run_ranks(folder: Path) -> None:
+    """Start the ranks, forked from here so that Megatron is imported once, and wait."""
+    import megatron.core.models.gpt
+    import megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs  # noqa: F401
+
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run_rank, args=(r, folder)) for r in range(WORLD_SIZE)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(TIME_LIMIT)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+    sys.exit(0 if codes == [0] * WORLD_SIZE else 1)
+
+
+def run_rank(rank: int, folder: Path) -> None:
+    """Every layout, then the cases that need one of them, in the same process."""
+    results: dict[str, Any] = {}
+    for case, (model, layout) in LAYOUTS.items():
+        _join(rank, folder, case, layout)
+        try:
+            results[case] = _run_layout(SPECS[model], layout)
+        finally:
+            platform.finalize()
+    layout = LAYOUTS["decilm-tp2-pp1"][1]
+    _join(rank, folder, "others", layout)
+    try:
+        results["gradients"] = _gradients(DECILM, layout)
+        results["bfloat16"] = _bfloat16(DECILM, layout)
+        results["refusals"] = _refusals(DECILM, layout)
+    finally:
+        platform.finalize()
+    torch.save(results, folder / f"rank-{rank}.pt")
+
+
+def _join(rank: int, folder: Path, case: str, layout: ParallelLayout) -> None:
+    platform.initialize(
+        rank,
+        WORLD_SIZE,
+        layout,
+        init_method=f"file://{folder}/{case}",
+        timeout=timedelta(seconds=60),
+    )
+
+
+def _run_layout(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
+    parts = build_model(spec, layout, params_dtype="float32")
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.data.fill_(torch.nan)
+    source = DictSource(hf_weights(spec))
+    load_hf(parts, spec, layout, source)
+    logits = {
+        probe: forward(parts, spec, layout, INPUT_IDS, positions)
+        for probe, positions in PROBES.items()
+    }
+    held = [(one.name, one.live_name, one.tensor) for one in local_parameters(parts, layout)]
+    again = build_model(spec, layout, params_dtype="float32")
+    # Padded for another TP than any layout here.
+    load_megatron(again, spec, layout, DictSource(megatron_weights(spec, 168)))
+    return {
+        "logits": logits,
+        "names": [(name, live) for name, live, _ in held],
+        "elements_held": sum(tensor.numel() for *_, tensor in held),
+        "elements_read": source.elements_read,
+        "megatron_equals_hf": all(
+            torch.equal(one.tensor, tensor)
+            for one, (*_, tensor) in zip(local_parameters(again, layout), held, strict=True)
+        ),
+    }
+
+
+def _gradients(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
+    parts = build_model(spec, layout, params_dtype="float32")
+    load_hf(parts, spec, layout, DictSource(hf_weights(spec)))
+    forward(parts, spec, layout, INPUT_IDS, FAR, grad=True).square().mean().backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return {one.name: one.tensor.grad for one in local_parameters(parts, layout)}
+
+
+def _bfloat16(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
+    parts = build_model(spec, layout, params_dtype="bfloat16")
+    load_hf(parts, spec, layout, DictSource(hf_weights(spec)))
+    held = {one.name: one.tensor for one in local_parameters(parts, layout)}
+    logits = forward(parts, spec, layout, INPUT_IDS, FAR)
+    return {
+        "dtypes": {tensor.dtype for tensor in held.values()} | {logits.dtype},
+        "frequencies": parts[0].rotary_pos_emb.inv_freq,
+        "final_norm": held["decoder.final_layernorm.weight"].data,
+        "logits": logits,
+    }
+
+
+def _refusals(spec: ModelSpec, layout: ParallelLayout) -> dict[str, BridgeError | None]:
+    def refusal(weights: Mapping[str, torch.Tensor]) -> BridgeError | None:
+        try:
+            load_hf(parts, spec, layout, DictSource(weights))
+        except BridgeError as error:
+            return error
+        return None
+
+    parts = build_model(spec, layout, params_dtype="float32")
+    weights = hf_weights(spec)
+    missing = {name: one for name, one in weights.items() if "layers.5.mlp" not in name}
+    wide = weights | {"model.layers.0.mlp.up_proj.weight": torch.zeros(65, 40)}
+    found = {"missing": refusal(missing), "wide": refusal(wide)}
+    parts[0].decoder.layers[2].register_parameter("bias", torch.nn.Parameter(torch.zeros(3)))
+    found["extra live"] = refusal(weights)
+    del parts[0].decoder.layers[2]._parameters["bias"]
+    del parts[0].decoder.layers[1].input_layernorm._parameters["weight"]
+    found["lost live"] = refusal(weights)
+    return found
+
+
+if __name__ == "__main__":
+    run_ranks(Path(sys.argv[1]))
