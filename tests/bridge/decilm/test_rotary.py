@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bridge.decilm import DeciLMForCausalLM
-from bridge.decilm.rotary import DeciLMRotaryEmbedding, inverse_frequencies
+from bridge.decilm.rotary import DeciLMRotaryEmbedding
+from bridge.rotary import inv_freq
 from bridge.spec import Llama3Scaling, RopeSpec
 
 
@@ -58,7 +59,7 @@ def test_frequencies_equal_those_of_transformers_bit_for_bit(
     """Scaled with values other than the usual 1, 4 and 8192, and plain."""
     rope = _rope(factor)
     expected = _of_transformers(rope, head_dim).inv_freq
-    assert torch.equal(expected, inverse_frequencies(rope, head_dim))
+    assert torch.equal(expected, inv_freq(rope, head_dim))
 
 
 def test_cosines_at_the_far_end_equal_those_of_transformers() -> None:
