@@ -26,6 +26,7 @@ from harness.live import ModelRequest
 from harness.oracle import forward
 from harness.probes import Probe, long_probe, short_probe
 from harness.ranks import RankFunction
+from harness.reference import hf_logits, load_hf_model
 from harness.suite import Case
 from harness.thresholds import Thresholds, load_thresholds
 from harness.toys import toy_named, write_checkpoint
@@ -231,15 +232,9 @@ class Bench:
         return self._once("reference", path, case.dtype, make=lambda: self._reference(case, path))
 
     def _reference(self, case: Case, path: Path) -> Reference:
-        import torch
-        import transformers
-
-        from bridge.decilm import load_reference
-
-        transformers.utils.logging.disable_progress_bar()  # ours counts cases
         logger.info("reference logits of %s in %s", case.model, case.dtype)
         trust = self.subject(case.model).trust_remote_code
-        model = load_reference(path, dtype=getattr(torch, case.dtype), trust_remote_code=trust)
+        model = load_hf_model(path, dtype=case.dtype, trust_remote_code=trust)
         if self.fault.reference is not None:
             self.fault.reference(model)
         logits = {}
@@ -304,28 +299,3 @@ class Bench:
                 log_dir=self.log_dir,
             )
         return self._pools[device]
-
-
-def hf_logits(model: Any, input_ids: Array, position_ids: Array) -> Array:  # noqa: ANN401 - transformers is not typed
-    """Logits of a transformers model, (batch, seq, vocab_size), float32 or float64."""
-    import torch
-
-    positions = torch.from_numpy(np.broadcast_to(position_ids, input_ids.shape).copy())
-    with torch.no_grad():
-        found = model(
-            input_ids=torch.from_numpy(input_ids).to(model.device),
-            position_ids=positions.to(model.device),
-            # Without a mask transformers takes positions with gaps for packed sequences.
-            attention_mask=torch.ones(input_ids.shape, dtype=torch.int64, device=model.device),
-            use_cache=False,
-        ).logits
-    logits: Array = (found if found.dtype == torch.float64 else found.float()).cpu().numpy()
-    return logits
-
-
-def versions() -> dict[str, Any]:
-    """What a run was made with, for the evidence."""
-    from bridge import __version__
-    from bridge.platform import describe
-
-    return {"nemotron-bridge": __version__, **describe()}

@@ -212,8 +212,8 @@ def _run(
     allow_not_run: Sequence[str] = (),
 ) -> RunReport:
     from bridge.console import stdout
-    from harness.bench import Bench, versions
-    from harness.report.evidence import evidence, identity, write_json
+    from harness.bench import Bench
+    from harness.report.evidence import evidence, identity, versions, write_json
     from harness.report.text import print_report
     from harness.runner import run_cases
 

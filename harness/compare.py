@@ -54,7 +54,8 @@ def exact(
     if problems:
         return Finding(
             passed=False,
-            summary=f"{len(problems)} differences in {compared:,} {what} (limit 0): {problems[0]}",
+            summary=f"{len(problems)} difference{'s' if len(problems) > 1 else ''} in "
+            f"{compared:,} {what} (limit 0): {problems[0]}",
             value=len(problems),
             limit=0,
             unit="differences",

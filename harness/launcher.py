@@ -38,7 +38,7 @@ _GRACE: Final = 1.0
 """Seconds in which the other ranks may still say what happened to them."""
 _STACK_DUMP: Final = 0.3
 """Seconds for hung ranks to write their stacks."""
-_TAIL_LINES: Final = 20
+_TAIL_LINES: Final = 40
 _PRELOAD: Final = ["harness.rank_imports"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -15,9 +15,9 @@ from bridge.record import SIDE_DIRECTORY
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
 from harness import live
-from harness.bench import Array, hf_logits
 from harness.launcher import RankPool
 from harness.live import ModelRequest
+from harness.reference import Array, hf_logits, load_hf_model
 
 
 class Tokens:
@@ -73,13 +73,7 @@ def compute_hf(
     hf: Path, tokens: Tokens, *, dtype: str, device: str, trust_remote_code: bool
 ) -> Array:
     """Logits of the Hugging Face model."""
-    import torch
-
-    from bridge.decilm import load_reference
-
-    model: Any = load_reference(
-        hf, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-    )
+    model = load_hf_model(hf, dtype=dtype, trust_remote_code=trust_remote_code)
     return hf_logits(model.to(device), tokens.input_ids, tokens.position_ids)
 
 

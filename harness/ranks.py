@@ -120,8 +120,8 @@ def serve(connection: Connection, settings: RankSettings) -> None:
     while True:
         try:
             message = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
+        except (EOFError, OSError):  # the pool is gone: take along whatever was started here
+            os.killpg(0, signal.SIGKILL)
         try:
             task: Task | None = pickle.loads(message)  # noqa: S301 - from our own parent process
             if task is None or task.rendezvous != group:

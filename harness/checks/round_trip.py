@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Final
 
 from bridge.errors import CheckpointError
 from bridge.plan import Plan
@@ -11,6 +12,14 @@ from bridge.spec import ModelSpec
 from harness.bench import BASE_LAYOUT, Bench
 from harness.compare import Finding, exact, read_safetensors, tensor_differences
 from harness.suite import Case
+
+_PARTS: Final = {
+    "q_proj": "queries",
+    "k_proj": "key",
+    "v_proj": "value",
+    "gate_proj": "gate",
+    "up_proj": "up",
+}
 
 
 def run(case: Case, bench: Bench) -> Finding:
@@ -71,8 +80,9 @@ def directories(source: Path, back: Path, spec: ModelSpec, plan: Plan) -> Findin
 
 
 def in_megatron(plan: Plan, name: str, index: tuple[int, ...]) -> str:
-    """Where an HF element is in Megatron's tensors: the element, and the tile it belongs to."""
-    for tile in plan.mcore_to_hf[name].tiles:
+    """Where an HF element is in Megatron's tensors: the element, and the rows it belongs to."""
+    tiles = plan.mcore_to_hf[name].tiles
+    for number, tile in enumerate(tiles):
         inside = all(
             a <= i < b
             for a, i, b in zip(tile.target_box.starts, index, tile.target_box.stops, strict=True)
@@ -80,7 +90,12 @@ def in_megatron(plan: Plan, name: str, index: tuple[int, ...]) -> str:
         if inside:
             target, at = plan.mcore_to_hf[name].locate(index)
             first, last = tile.source_box.starts[0], tile.source_box.stops[0] - 1
-            return f"in {target}{list(at)}, tile rows {first}-{last} = {name}{tile.target_box}"
+            part = _PARTS.get(name.rpartition(".weight")[0].rpartition(".")[2], "")
+            if part and target is not None and target.endswith("linear_qkv.weight"):
+                part = f" = query group {number}'s {part}"
+            elif part:
+                part = f" = {part}"
+            return f"in {target}{list(at)}, rows {first}-{last}{part}"
     return f"nowhere in Megatron's tensors: {name}{list(index)}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from bridge.conversion import difference
 from bridge.errors import BridgeError, ConfigError
 from bridge.megatron_args import spec_from_checkpoint_args
 from bridge.parameters import EMBEDDING_ROW
@@ -48,7 +47,10 @@ def run(case: Case, bench: Bench) -> Finding:
         for digest in digests:
             if digest.first_difference is not None:
                 tile = in_megatron(plan, digest.name, digest.first_difference)
-                problems.append(f"{difference(plan, digest)}; {tile}")
+                problems.append(
+                    f"{digest.name}{list(digest.first_difference)}: {digest.num_different} "
+                    f"elements differ, this one first; {tile}"
+                )
     elements = sum(math.prod(shape) for shape in plan.hf_shapes.values())
     return exact(problems, compared=elements, what="elements, bit for bit")
 

@@ -104,3 +104,11 @@ def identity(checkpoint: Path) -> dict[str, Any]:
             path.name: path.stat().st_size for path in sorted(checkpoint.glob("*.safetensors"))
         },
     }
+
+
+def versions() -> dict[str, Any]:
+    """What a run was made with, for the evidence."""
+    from bridge import __version__
+    from bridge.platform import describe
+
+    return {"nemotron-bridge": __version__, **describe()}

@@ -97,7 +97,9 @@ def _failures(results: Iterable[Result]) -> list[RenderableType]:
             lines.append(Text(f"FAILED {result.case.id}", style="bold red"))
             lines.append(f"  {result.finding.summary}")
             lines += [
-                f"  --> {place}" for place in result.finding.places if place not in lines[-1:]
+                f"  --> {place}"
+                for place in result.finding.places
+                if place not in result.finding.summary
             ]
         elif result.status == "error":
             lines.append(Text(f"ERROR {result.case.id}", style="bold red"))

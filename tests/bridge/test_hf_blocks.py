@@ -274,6 +274,7 @@ def test_any_multiplier_gives_megatrons_width(ffn_mult: float, hidden_size: int)
         (1.5000001, 4096, 4096),  # the seventh digit is dropped first: exactly 4096
         (1.5000004, 4096, 4096),
         (1.5006, 4096, 4352),
+        (1.5000004, 8_192_000, 8_192_000),  # likewise; with it, 8192002.2 and so 8192256
         (1.4999996, 8_192_000, 8_192_000),  # rounds to 1.5, not to 8191997.8
     ],
 )

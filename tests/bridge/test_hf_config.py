@@ -408,6 +408,11 @@ def test_ropes_legacy_type_key_is_read() -> None:
         ({"rope_parameters": "llama3"}, InconsistentConfigError, "rope_parameters"),
         ({"rope_parameters": {**LLAMA3, "rope_theta": 1e4}}, InconsistentConfigError, "disagree"),
         ({"rope_parameters": {"rope_type": "default"}}, InconsistentConfigError, "disagree"),
+        (
+            {"rope_scaling": None, "rope_parameters": {**LLAMA3, "rope_theta": 1e4}},
+            InconsistentConfigError,
+            "rope_theta",
+        ),
         ({"rope_scaling": {**LLAMA3, "type": "linear"}}, InconsistentConfigError, "rope_type"),
         ({"rope_scaling": {**LLAMA3, "factor": "8"}}, InconsistentConfigError, "factor"),
         ({"rope_scaling": {**LLAMA3, "factor": 0.5}}, InconsistentConfigError, "factor"),
@@ -526,7 +531,15 @@ def test_a_decilm_that_contradicts_its_blocks_is_refused(changes: Config) -> Non
         spec_from_hf_config({**DECI, **changes})
 
 
-@pytest.mark.parametrize("blocks", [[5], [{"attention": 5, "ffn": 5}], [{"attention": "n_heads"}]])
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [5],
+        [{"attention": 5, "ffn": {}}],
+        [{"attention": {"n_heads_in_group": 1}, "ffn": 5}],
+        [{"attention": "n_heads"}],
+    ],
+)
 def test_malformed_blocks_beside_a_head_size_are_refused(blocks: object) -> None:
     """The schema test reads blocks before they are checked; it must not trip over them."""
     with pytest.raises(InconsistentConfigError):

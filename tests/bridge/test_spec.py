@@ -283,7 +283,8 @@ def test_a_layout_that_does_not_fit_says_which_would() -> None:
     assert len(error.value.where) == 2
 
 
-def test_a_layout_of_another_depth_is_refused() -> None:
-    """Stages must hold exactly the model's layers."""
-    with pytest.raises(LayoutError, match="hold 5 layers, the model has 4"):
-        ParallelLayout(num_layers_per_stage=(5,)).validate_for(SPEC)
+@pytest.mark.parametrize("depth", [3, 5])
+def test_a_layout_of_another_depth_is_refused(depth: int) -> None:
+    """Stages must hold exactly the model's layers, no fewer and no more."""
+    with pytest.raises(LayoutError, match=f"hold {depth} layers, the model has 4"):
+        ParallelLayout(num_layers_per_stage=(depth,)).validate_for(SPEC)

@@ -132,6 +132,12 @@ def test_concatenate_stacks_in_the_order_given() -> None:
     )
 
 
+def test_concatenate_passes_over_empty_parts() -> None:
+    """A part without rows takes no room."""
+    empty, full = Box((3, 0), (3, 2)), Box.whole((2, 2))
+    assert Tiling.concatenate([("a", empty), ("b", full)]).shape == (2, 2)
+
+
 def test_concatenate_refuses_rows_of_unequal_length() -> None:
     """Sources of other widths cannot be stacked."""
     with pytest.raises(PlanError):

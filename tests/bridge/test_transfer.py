@@ -142,6 +142,28 @@ def test_files_of_any_tiling_hold_the_boxes_asked_for(
     assert sum(done) == expected.nbytes
 
 
+def test_a_payload_of_many_bands_and_short_writes_is_whole(
+    tmp_path: Path, array_source: MakeSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bands follow each other in file and checksum, however little the system takes at a time."""
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, at: pwrite(fd, view[:10_007], at))
+    source = array_source({"a": words((300, 250)), "b": words((200, 250), start=7)})
+    tiling = Tiling.concatenate([("b", Box.whole((200, 250))), ("a", Box.whole((300, 250)))])
+    bits = np.vstack([words((200, 250), start=7), words((300, 250))]).tobytes()
+    payload = Payload(
+        tensor="t", box=Box.whole(tiling.shape), offset=8, nbytes=len(bits), crc32_at=(0, 4)
+    )
+    layout = FileLayout(path="f", size=8 + len(bits), literals=(), payloads=(payload,))
+    done: list[int] = []
+    limits = TransferLimits(memory_budget=1, threads=1)
+    write_files([layout], tmp_path, source, {"t": tiling}, limits=limits, advance=done.append)
+    crc = zlib.crc32(bits).to_bytes(4, "little")
+    assert (tmp_path / "f").read_bytes() == crc + crc + bits
+    assert len(done) > 3
+    assert max(done) <= 64 << 10
+
+
 @given(tiled_tensors(), st.data())
 def test_one_flipped_bit_is_found_at_its_index(
     array_source: MakeSource,
@@ -184,14 +206,16 @@ def test_padding_that_is_not_zero_is_a_difference(array_source: MakeSource) -> N
     assert (digest.first_difference, digest.num_different) == ((2, 1), 2)
 
 
-def test_differences_far_apart_are_all_counted(array_source: MakeSource) -> None:
-    """The first is the first in memory order, over many bands; the count is over all."""
+@pytest.mark.parametrize("first", [(3, 299), (250, 7), (498, 0)])
+def test_differences_far_apart_are_all_counted(
+    array_source: MakeSource, first: tuple[int, int]
+) -> None:
+    """The first is the first in memory order, in whichever band; the count is over all bands."""
     shape = (500, 300)
     expected = words(shape)
     actual = expected.copy()
-    actual[3, 299] ^= 1
-    actual[499, 0] ^= 1
-    actual[4, 0] ^= 1
+    for row, column in (first, (first[0] + 1, 0), (499, 299)):
+        actual[row, column] ^= 1
     (digest,) = compare(
         array_source({"t": expected}),
         array_source({"s": actual}),
@@ -199,7 +223,7 @@ def test_differences_far_apart_are_all_counted(array_source: MakeSource) -> None
         limits=TransferLimits(memory_budget=1, threads=1),
         advance=ignore,
     )
-    assert (digest.first_difference, digest.num_different) == ((3, 299), 3)
+    assert (digest.first_difference, digest.num_different) == (first, 3)
 
 
 @pytest.mark.parametrize("other", ["float16", "int16", "uint8"])
@@ -374,7 +398,7 @@ def test_no_thread_writes_after_the_file_is_closed(
     monkeypatch.setattr(os, "close", watched)
     payloads = tuple(
         Payload(tensor=name, box=Box.whole(shape), offset=at, nbytes=1024)
-        for name, at in (("slow", 0), ("bad", 1024))
+        for name, at in (("bad", 0), ("slow", 1024))
     )
     layout = FileLayout(path="f", size=2048, literals=(), payloads=payloads[::-1])
     tilings = {name: whole(name, shape) for name in ("slow", "bad")}

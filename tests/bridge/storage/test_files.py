@@ -76,15 +76,17 @@ def test_any_box_is_read_into_any_view(
         ((700, 2000), Box((0, 3), (700, 5))),
         ((4, 150_000, 2), Box((1, 20, 0), (3, 90_000, 1))),
         ((1, 300, 5), Box((0, 7, 0), (1, 9, 5))),
+        ((9, 300), Box((2, 0), (7, 300))),
     ],
-    ids=["wide", "narrow", "one row", "pieces", "stack", "one of a stack"],
+    ids=["wide", "narrow", "one row", "pieces", "stack", "one of a stack", "rows"],
 )
+@pytest.mark.parametrize("step", [1, 2], ids=["dense", "strided"])
 def test_every_path_reads_the_slice_and_nothing_beside_it(
-    shelf: tuple[Path, FileRanges], shape: tuple[int, ...], box: Box
+    shelf: tuple[Path, FileRanges], shape: tuple[int, ...], box: Box, step: int
 ) -> None:
-    """Wide and narrow columns and stacks arrive, and the frame around the target stays."""
-    frame = np.full([n + 2 for n in box.shape], 7, WORD)
-    inner = tuple(slice(1, -1) for _ in shape)
+    """Wide and narrow columns and stacks arrive, and all around the target stays as it was."""
+    frame = np.full([step * n + 2 for n in box.shape], 7, WORD)
+    inner = tuple(slice(1, -1, step) for _ in shape)
     shelf[1].read_box("w", OFFSET, shape=shape, word=WORD, box=box, out=frame[inner])
     np.testing.assert_array_equal(frame[inner], counting(shape)[box.slices])
     frame[inner] = 7

@@ -291,6 +291,7 @@ BAD_HEADERS: dict[str, object] = {
     "absurd shape": {"w": entry(shape=[2**62, 2**62])},
     "endless shape": {"w": entry(shape=[10**300] * 10)},
     "many dimensions": {"w": entry(shape=[2] * 100_000)},
+    "more dimensions than an array": {"w": entry(shape=[2, 2, *[1] * 40])},
     "three offsets": {"w": entry(data_offsets=[0, 4, 8])},
     "negative offset": {"w": entry(data_offsets=[-8, 0])},
     "reversed offsets": {"w": entry(data_offsets=[8, 0])},
@@ -459,6 +460,18 @@ def test_an_index_that_lies_is_refused(
     with pytest.raises(CheckpointError) as error:
         SafetensorsSource(directory)
     assert any(complaint in place for place in error.value.where), error.value
+
+
+@pytest.mark.parametrize("file", [FIRST, SECOND])
+def test_a_tensor_in_two_files_is_refused_whichever_the_index_names(
+    tmp_path: Path, file: str
+) -> None:
+    """Two tensors of one name are two candidates; the index does not settle which is meant."""
+    save_sharded(tmp_path, {"a": torch.ones(2)}, {"b": torch.ones(3)})
+    add(SECOND, "b", "a")(tmp_path)
+    reindex(lambda index: index.update(a=file, c=FIRST))(tmp_path)
+    with pytest.raises(CorruptFileError, match=f"a is in {FIRST} and in {SECOND}"):
+        SafetensorsSource(tmp_path)
 
 
 def test_a_stale_index_of_many_tensors_is_reported_briefly(tmp_path: Path) -> None:
