@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,6 +15,7 @@ import typer
 
 from bridge import __version__
 from bridge.console import RichProgress, parse_size, print_json, stdout, table
+from bridge.errors import EnvironmentMissingError
 from bridge.render import print_description, print_report
 
 app = typer.Typer(
@@ -62,9 +64,39 @@ CarryField = Annotated[
     typer.Option("--carry-field", help="Let an unknown configuration field through. Repeatable."),
 ]
 Verify = Annotated[
-    Literal["auto", "none"],
-    typer.Option("--verify", help="auto: read the target back and compare every bit."),
+    Literal["auto", "full", "none"],
+    typer.Option(
+        "--verify",
+        help="auto: read the target back and compare every bit. full: then also run `verify` on "
+        "it, placement and logits over real ranks included.",
+    ),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the checkpoint's own code as the reference of a proof."
+    ),
+]
+
+full_verification: Callable[[Path, Path, bool, bool], None] | None = None
+"""Prove (hf, megatron, trust_remote_code, quiet_stdout); `harness.cli` sets it.
+
+It raises `typer.Exit` with the harness's exit code when a check fails.
+"""
+
+
+def _verify_fully(
+    verify: str, hf: Path, megatron: Path, *, trust_remote_code: bool, json_: bool
+) -> None:
+    if verify != "full":
+        return
+    if full_verification is None:
+        raise EnvironmentMissingError(
+            "--verify full needs the harness", hint="run the nemotron-bridge command"
+        )
+    full_verification(hf, megatron, trust_remote_code, json_)
+
+
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit, for a Hub id.")
 ]
@@ -203,6 +235,7 @@ def import_(
     pp: PpSize = 1,
     divisor: VocabDivisor = 128,
     verify: Verify = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     memory_budget: MemoryBudget = "1GiB",
     overwrite: Overwrite = False,
     revision: Revision = None,
@@ -220,13 +253,14 @@ def import_(
 
     options = ConversionOptions(
         limits=TransferLimits(memory_budget=parse_size(memory_budget)),
-        verify=verify,
+        verify="none" if verify == "none" else "auto",
         overwrite=overwrite,
         carry=carry or (),
         progress=RichProgress(),
     )
+    hf = resolve_model(hf_model, weights=True, revision=revision)
     report = import_checkpoint(
-        resolve_model(hf_model, weights=True, revision=revision),
+        hf,
         megatron_path,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -234,6 +268,7 @@ def import_(
         options=options,
     )
     print_report(report.to_dict(), json_=json_)
+    _verify_fully(verify, hf, megatron_path, trust_remote_code=trust_remote_code, json_=json_)
 
 
 @app.command("export")
@@ -252,6 +287,7 @@ def export(
         str, typer.Option("--max-shard-size", help="Per file, where the source's cut is unknown.")
     ] = "5GB",
     verify: Verify = "auto",
+    trust_remote_code: TrustRemoteCode = False,
     memory_budget: MemoryBudget = "1GiB",
     overwrite: Overwrite = False,
     revision: Revision = None,
@@ -269,7 +305,7 @@ def export(
 
     options = ConversionOptions(
         limits=TransferLimits(memory_budget=parse_size(memory_budget)),
-        verify=verify,
+        verify="none" if verify == "none" else "auto",
         overwrite=overwrite,
         carry=carry or (),
         progress=RichProgress(),
@@ -285,6 +321,7 @@ def export(
         options=options,
     )
     print_report(report.to_dict(), json_=json_)
+    _verify_fully(verify, hf_path, megatron_path, trust_remote_code=trust_remote_code, json_=json_)
 
 
 @app.command()

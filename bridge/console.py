@@ -58,9 +58,12 @@ def print_json(data: object) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
-def stdout() -> Console:
-    """Where results go. Not a terminal: no colours, no wrapping at 80 columns."""
-    console = Console(highlight=False, soft_wrap=True)
+def stdout(*, stderr: bool = False) -> Console:
+    """Where results go. Not a terminal: no colours, no wrapping at 80 columns.
+
+    With `stderr` they go there instead, for a command whose stdout is one JSON document.
+    """
+    console = Console(highlight=False, soft_wrap=True, stderr=stderr)
     if not console.is_terminal:
         console.width = 200
     return console

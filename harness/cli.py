@@ -9,15 +9,18 @@ import logging
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import typer
 
-from bridge.cli import HfModel, PpSize, Revision, TpSize, VppSize, app
+import bridge.cli
+from bridge.cli import HfModel, PpSize, Revision, TpSize, TrustRemoteCode, VppSize, app
 from bridge.errors import BridgeError
 
 if TYPE_CHECKING:
+    from harness.bench import Subject
     from harness.runner import Result, RunReport
     from harness.suite import Case
 
@@ -38,13 +41,11 @@ DtypeName = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--dtype", help="What to compute in.")
 ]
 DeviceName = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the checkpoint's own code as reference.")
-]
 Timeout = Annotated[
     float, typer.Option("--timeout", min=1, help="Seconds that one case may keep ranks busy.")
 ]
 _CUT_FOR = ("tp1-pp1",)
+_DEFAULT_LAYOUTS = ("tp1-pp1", "tp2-pp1", "tp1-pp2")
 
 
 @app.command()
@@ -56,7 +57,7 @@ def verify(
     ] = None,
     layouts: Annotated[
         str, typer.Option("--layouts", help="Comma-separated, such as tp2-pp1,tp1-pp2.")
-    ] = "tp1-pp1,tp2-pp1,tp1-pp2",
+    ] = ",".join(_DEFAULT_LAYOUTS),
     dtype: DtypeName = "float32",
     device: DeviceName = "cpu",
     select: Select = None,
@@ -75,42 +76,69 @@ def verify(
     checkpoint is compared bit by bit and is what the ranks load.
     """
     from bridge.hub import resolve_model
-    from harness.bench import Subject
-    from harness.layouts import check_layout_name
-    from harness.suite import Case
     from harness.suite import select as select_cases
 
-    names = [name.strip() for name in layouts.split(",") if name.strip()]
-    for name in names:
-        check_layout_name(name)
     path = resolve_model(hf_model, weights=True, revision=revision)
-    model = path.resolve().name
-    first: list[tuple[str, Sequence[str | None]]] = [("config", (None,))]
-    first.append(("weights", (None,)) if megatron_path else ("round_trip", _CUT_FOR))
-    cases = [
-        Case(check=check, model=model, dtype=dtype, layout=layout, device=device)
-        for check, places in (*first, ("placement", names), ("rope", names))
-        for layout in places
-    ]
-    cases += [
-        Case(check="logits", model=model, dtype=dtype, layout=layout, probe=probe, device=device)
-        for layout in names
-        for probe in ("short", "long")
-    ]
-    subject = Subject(
-        name=model, hf=path, megatron=megatron_path, trust_remote_code=trust_remote_code
-    )
+    names = tuple(name.strip() for name in layouts.split(",") if name.strip())
+    cases = _verification_cases(path, names, dtype, device, imported=megatron_path is not None)
     chosen = select_cases(cases, select or ())
     if list_only:
         _print_ids(chosen)
         return
-    _finish(_run(chosen, {model: subject}, timeout, report, suite=None, json_=json_))
+    subjects = _subjects(path, megatron_path, trust_remote_code=trust_remote_code)
+    _finish(_run(chosen, subjects, timeout, report, suite=None, json_=json_))
+
+
+def _verification_cases(
+    path: Path, layouts: Sequence[str], dtype: str, device: str, *, imported: bool
+) -> list[Case]:
+    """Every check that applies to one checkpoint; `imported` if its Megatron twin is given."""
+    from harness.layouts import check_layout_name
+    from harness.suite import Case
+
+    for name in layouts:
+        check_layout_name(name)
+    model = path.resolve().name
+    first: list[tuple[str, Sequence[str | None]]] = [("config", (None,))]
+    first.append(("weights", (None,)) if imported else ("round_trip", _CUT_FOR))
+    cases = [
+        Case(check=check, model=model, dtype=dtype, layout=layout, device=device)
+        for check, places in (*first, ("placement", layouts), ("rope", layouts))
+        for layout in places
+    ]
+    return cases + [
+        Case(check="logits", model=model, dtype=dtype, layout=layout, probe=probe, device=device)
+        for layout in layouts
+        for probe in ("short", "long")
+    ]
+
+
+def _subjects(path: Path, megatron: Path | None, *, trust_remote_code: bool) -> dict[str, Subject]:
+    from harness.bench import Subject
+
+    name = path.resolve().name
+    subject = Subject(name=name, hf=path, megatron=megatron, trust_remote_code=trust_remote_code)
+    return {name: subject}
+
+
+def _verify_conversion(hf: Path, megatron: Path, trust_remote_code: bool, quiet: bool) -> None:
+    """What `--verify full` adds to import and export; with `quiet` the report is on stderr."""
+    cases = _verification_cases(hf, _DEFAULT_LAYOUTS, "float32", "cpu", imported=True)
+    subjects = _subjects(hf, megatron, trust_remote_code=trust_remote_code)
+    _finish(_run(cases, subjects, 1800.0, None, suite=None, json_=None, on_stderr=quiet))
+
+
+bridge.cli.full_verification = _verify_conversion
 
 
 @app.command()
 def parity(
     suite: Annotated[str, typer.Option("--suite", help="Name, or path of a TOML file.")] = "parity",
     select: Select = None,
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option("--device", help="Run every case there, whatever the suite says."),
+    ] = None,
     timeout: Timeout = 300.0,
     allow_not_run: Annotated[
         list[str] | None,
@@ -127,7 +155,10 @@ def parity(
     from harness.suite import select as select_cases
 
     loaded = load_suite(suite)
-    chosen = select_cases(loaded.cases, select or ())
+    cases = loaded.cases
+    if device is not None:
+        cases = tuple(replace(case, device=device) for case in cases)
+    chosen = select_cases(cases, select or ())
     if list_only:
         _print_ids(chosen)
         return
@@ -137,6 +168,36 @@ def parity(
             allow_not_run=allow_not_run or (),
         )
     )  # fmt: skip
+
+
+@app.command()
+def toy(
+    name: Annotated[str, typer.Argument(help="Such as super-49b-v1; `--names` lists them.")] = "",
+    hf_path: Annotated[Path | None, typer.Option("--hf-path", help="Directory to create.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the weights.")
+    ] = "bfloat16",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which weights.")] = 0,
+    names: Annotated[bool, typer.Option("--names", help="Show every toy.")] = False,
+) -> None:
+    """Write a small checkpoint with the traits of one variant, to try the other commands on."""
+    from bridge.console import UsageError, stdout, table
+    from harness.toys import TOYS, toy_named, write_checkpoint
+
+    if names:
+        rows = table("toy", "stands for")
+        for one in TOYS.values():
+            rows.add_row(one.name, one.stands_for)
+        stdout().print(rows)
+        return
+    if not name or hf_path is None:
+        raise UsageError(
+            "a toy needs a name and a directory",
+            hint="nemotron-bridge toy super-49b-v1 --hf-path DIR; --names lists them",
+        )
+    found = toy_named(name)
+    write_checkpoint(found, hf_path, dtype=dtype, seed=seed)
+    typer.echo(f"{hf_path}: {found.stands_for}")
 
 
 @app.command()
@@ -203,13 +264,14 @@ def _print_ids(cases: Sequence[Case]) -> None:
 
 def _run(
     cases: Sequence[Case],
-    subjects: dict,  # type: ignore[type-arg]  # Subject is imported where torch may be
+    subjects: dict[str, Subject],
     timeout: float,
     report_dir: Path | None,
     *,
     suite: str | None,
     json_: str | None,
     allow_not_run: Sequence[str] = (),
+    on_stderr: bool = False,
 ) -> RunReport:
     from bridge.console import stdout
     from harness.bench import Bench
@@ -238,7 +300,7 @@ def _run(
     if json_ is not None:
         write_json(data, json_)
     if json_ != "-":
-        print_report(found, stdout())
+        print_report(found, stdout(stderr=on_stderr))
     return found
 
 

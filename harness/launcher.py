@@ -170,8 +170,10 @@ class RankPool:
         return tuple(worker.process.pid or 0 for worker in self._workers)
 
     def _start(self, num_ranks: int) -> None:
-        if any(not worker.process.is_alive() for worker in self._workers):
-            self._end()  # somebody ended a rank between two calls
+        if any(
+            not worker.process.is_alive() or worker.connection.poll() for worker in self._workers
+        ):
+            self._end()  # a rank has ended between two calls: an idle one has nothing to say
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         for rank in range(len(self._workers), num_ranks):

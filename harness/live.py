@@ -45,8 +45,13 @@ def build(request: ModelRequest) -> list[Any]:
     """The calling rank's model parts, weights uninitialised."""
     from bridge.model import build_model
 
+    # Local layers on every device: Transformer Engine computes float32 in TF32 unless told not to.
     return build_model(
-        request.spec, request.layout, params_dtype=request.params_dtype, device=request.device
+        request.spec,
+        request.layout,
+        params_dtype=request.params_dtype,
+        layers="local",
+        device=request.device,
     )
 
 

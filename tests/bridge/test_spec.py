@@ -256,6 +256,8 @@ def test_tp_sizes_that_divide_everything_are_allowed(tp: int) -> None:
         (replace(SPEC, kv_channels=6, blocks=(block(2, 36),)), 12, []),
         (replace(SPEC, blocks=(block(6, 36),)), 4, ["block 0: num_query_groups=6"]),
         (replace(SPEC, blocks=(block(3, 36),)), 2, ["block 0: num_query_groups=3"]),
+        # 66 rows of linear_fc1 divide by 2, yet gate and up are sharded one by one.
+        (replace(SPEC, blocks=(block(4, 33),)), 2, ["block 0: ffn_hidden_size=33"]),
         # 8 heads of 2 channels and one group: linear_qkv has 20 rows, which 8 ranks cannot share.
         (
             replace(SPEC, num_attention_heads=8, kv_channels=2, blocks=(block(1, 64),)),
@@ -264,8 +266,10 @@ def test_tp_sizes_that_divide_everything_are_allowed(tp: int) -> None:
         ),
         (replace(SPEC, num_attention_heads=8, kv_channels=4, blocks=(block(1, 64),)), 8, []),
     ],
-    ids=["heads", "widths", "linears", "no-ops", "groups below tp", "neither way", "odd groups",
-        "rows", "enough rows"],
+    ids=[
+        "heads", "widths", "linears", "no-ops", "groups below tp", "neither way", "odd groups",
+        "odd width", "rows", "enough rows",
+    ],
 )  # fmt: skip
 def test_what_tp_does_not_divide_is_named(spec: ModelSpec, tp: int, problems: list[str]) -> None:
     """Heads, groups, widths and linears are named block by block; groups may go either way."""

@@ -67,12 +67,15 @@ def test_ranks_are_laid_out_as_megatron_does_and_formed_anew_for_each_layout(
     pool: RankPool,
 ) -> None:
     """TP runs innermost and PP outermost, whatever layout came before."""
-    assert [(0, 0, 0, 1)] == pool.run(layout(), ranks.describe)
-    assert [(0, 0, 0, 4), (1, 1, 0, 4), (2, 0, 1, 4), (3, 1, 1, 4)] == pool.run(
-        layout(tp=2, pp=2), ranks.describe
-    )
-    assert [(0, 0, 0, 2), (1, 0, 1, 2)] == pool.run(layout(pp=2, vp=2), ranks.describe)
-    assert [(0, 0, 0, 2), (1, 1, 0, 2)] == pool.run(layout(tp=2), ranks.describe)
+    assert pool.run(layout(), ranks.describe) == [(0, 0, 0, 1)]
+    assert pool.run(layout(tp=2, pp=2), ranks.describe) == [
+        (0, 0, 0, 4),
+        (1, 1, 0, 4),
+        (2, 0, 1, 4),
+        (3, 1, 1, 4),
+    ]
+    assert pool.run(layout(pp=2, vp=2), ranks.describe) == [(0, 0, 0, 2), (1, 0, 1, 2)]
+    assert pool.run(layout(tp=2), ranks.describe) == [(0, 0, 0, 2), (1, 1, 0, 2)]
 
 
 def test_processes_stay_alive_from_one_layout_to_the_next(pool: RankPool) -> None:
@@ -85,23 +88,23 @@ def test_processes_stay_alive_from_one_layout_to_the_next(pool: RankPool) -> Non
 
 def test_collectives_reach_every_rank_of_the_layout(pool: RankPool) -> None:
     """1.5 x (1 + 2 + 3 + 4) on each of four ranks."""
-    assert [15.0] * 4 == pool.run(layout(tp=4), ranks.total, 1.5)
+    assert pool.run(layout(tp=4), ranks.total, 1.5) == [15.0] * 4
 
 
 def test_a_value_is_cached_until_the_groups_change(pool: RankPool) -> None:
     """A model is built once per layout, and forgotten with it."""
     pool.run(layout(tp=2), ranks.pid)
-    assert [1, 1] == pool.run(layout(tp=2), ranks.counted, "a")
-    assert [1, 1] == pool.run(layout(tp=2), ranks.counted, "a")
+    assert pool.run(layout(tp=2), ranks.counted, "a") == [1, 1]
+    assert pool.run(layout(tp=2), ranks.counted, "a") == [1, 1]
     pool.run(layout(), ranks.pid)
-    assert [2, 2] == pool.run(layout(tp=2), ranks.counted, "a")
+    assert pool.run(layout(tp=2), ranks.counted, "a") == [2, 2]
 
 
 def test_a_hook_reaches_the_ranks_and_is_taken_back(pool: RankPool) -> None:
     """A deliberate fault changes one call and no later one."""
     faulty = pool.run(layout(tp=2), ranks.describe, hook=ranks.lie_about_rank)
-    assert [0, 7] == [found[0] for found in faulty]
-    assert [0, 1] == [found[0] for found in pool.run(layout(tp=2), ranks.describe)]
+    assert [found[0] for found in faulty] == [0, 7]
+    assert [found[0] for found in pool.run(layout(tp=2), ranks.describe)] == [0, 1]
 
 
 def test_a_rank_that_throws_is_named_with_its_traceback_and_log(pool: RankPool) -> None:
@@ -143,7 +146,7 @@ def test_a_failure_leaves_no_rank_behind_and_the_next_call_starts_new_ones(pool:
     assert gone([*before, *children])
     after = pool.run(layout(tp=2), ranks.pid)
     assert not set(before) & set(after)
-    assert [3.0, 3.0] == pool.run(layout(tp=2), ranks.total, 1.0)
+    assert pool.run(layout(tp=2), ranks.total, 1.0) == [3.0, 3.0]
 
 
 def test_a_rank_that_died_between_calls_is_replaced(pool: RankPool) -> None:
@@ -151,7 +154,7 @@ def test_a_rank_that_died_between_calls_is_replaced(pool: RankPool) -> None:
     victim = pool.run(layout(tp=2), ranks.pid)[1]
     os.kill(victim, signal.SIGKILL)
     assert gone([victim])
-    assert [3.0, 3.0] == pool.run(layout(tp=2), ranks.total, 1.0)
+    assert pool.run(layout(tp=2), ranks.total, 1.0) == [3.0, 3.0]
 
 
 def test_an_error_for_the_user_comes_through_as_itself(pool: RankPool) -> None:
@@ -178,12 +181,12 @@ def test_a_function_that_cannot_be_sent_is_refused(pool: RankPool) -> None:
 def test_pools_side_by_side_do_not_disturb_each_other(pool: RankPool, tmp_path: Path) -> None:
     """As under pytest-xdist: no port, file or log is shared."""
     with RankPool(timeout=60, log_dir=tmp_path) as other:
-        assert [3.0, 3.0] == other.run(layout(tp=2), ranks.total, 1.0)
-        assert [6.0, 6.0] == pool.run(layout(tp=2), ranks.total, 2.0)
+        assert other.run(layout(tp=2), ranks.total, 1.0) == [3.0, 3.0]
+        assert pool.run(layout(tp=2), ranks.total, 2.0) == [6.0, 6.0]
         assert not set(other.pids()) & set(pool.pids())
         pids = list(other.pids())
     assert gone(pids)
-    assert ["rank0.log", "rank1.log"] == sorted(path.name for path in tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0.log", "rank1.log"]
 
 
 def test_a_closed_pool_refuses_work() -> None:
@@ -201,7 +204,7 @@ def test_ranks_and_their_children_end_with_a_parent_that_was_killed(tmp_path: Pa
     script.write_text(
         textwrap.dedent(f"""
         import sys
-        sys.path += [{str(Path(__file__).parent)!r}, {os.getcwd()!r}]
+        sys.path += [{str(Path(__file__).parent)!r}, {str(Path.cwd())!r}]
         import rank_functions as ranks
         from bridge.spec import ParallelLayout
         from harness.launcher import RankPool
@@ -215,7 +218,8 @@ def test_ranks_and_their_children_end_with_a_parent_that_was_killed(tmp_path: Pa
         """),
         "utf-8",
     )
-    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own
         assert process.stdout is not None
         pids = [int(pid) for pid in process.stdout.readline().split()]
         assert len(pids) == 4

@@ -462,6 +462,17 @@ def test_an_index_that_lies_is_refused(
     assert any(complaint in place for place in error.value.where), error.value
 
 
+def test_every_missing_shard_is_named_at_once(tmp_path: Path) -> None:
+    """An interrupted download lacks several files: all of them are listed."""
+    save_sharded(tmp_path, *({f"t{n}": torch.ones(1)} for n in range(5)))
+    gone = [tmp_path / f"model-{n:05}-of-00005.safetensors" for n in (2, 3, 5)]
+    for path in gone:
+        path.unlink()
+    with pytest.raises(CheckpointError, match="3 of 5 weight files") as error:
+        SafetensorsSource(tmp_path)
+    assert error.value.where == tuple(map(str, gone))
+
+
 @pytest.mark.parametrize("file", [FIRST, SECOND])
 def test_a_tensor_in_two_files_is_refused_whichever_the_index_names(
     tmp_path: Path, file: str

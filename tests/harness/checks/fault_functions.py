@@ -18,10 +18,13 @@ from harness.ranks import RankContext
 
 
 @contextlib.contextmanager
-def _rows(table: Mapping[Any, tuple[Row, ...]], kind: type, name: str, **changes: Any) -> Iterator[None]:
+def _rows(
+    table: Mapping[Any, tuple[Row, ...]], kind: type, name: str, **changes: object
+) -> Iterator[None]:
     """Another row in the table, and nothing remembered of the old one."""
     changed = tuple(
-        dataclasses.replace(row, **changes) if row.name == name else row for row in table[kind]
+        dataclasses.replace(row, **cast("dict[str, Any]", changes)) if row.name == name else row
+        for row in table[kind]
     )
     assert changed != table[kind]
     parameters._parameters.cache_clear()

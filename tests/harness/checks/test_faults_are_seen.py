@@ -66,14 +66,14 @@ def test_swapped_gate_and_up_are_seen_by_placement_and_logits_alone(tmp_path: Pa
     found = outcome(
         tmp_path, faults.GATE_UP, ["config", "round_trip", "weights", "placement", "rope", "logits"]
     )
-    assert {
+    assert statuses(found) == {
         "config": "passed",
         "round_trip": "passed",
         "weights": "passed",
         "placement": "failed",
         "rope": "passed",
         "logits": "failed",
-    } == statuses(found)
+    }
     assert (
         "decoder.layers.0.mlp.linear_fc1.weight[0, 0] holds "
         "model.layers.0.mlp.up_proj.weight[0, 0], Megatron reads "
@@ -88,7 +88,7 @@ def test_ungrouped_qkv_is_seen_by_placement_and_logits_alone(tmp_path: Path) -> 
     """
     checks = ["round_trip", "placement", "logits"]
     found = outcome(tmp_path, faults.QKV, checks, layout="tp1-pp1")
-    assert {"round_trip": "passed", "placement": "failed", "logits": "failed"} == statuses(found)
+    assert statuses(found) == {"round_trip": "passed", "placement": "failed", "logits": "failed"}
     # 16 heads in 2 groups of head size 8: after the group's 64 query rows comes its key.
     assert (
         "linear_qkv.weight[64, 0] holds model.layers.0.self_attn.q_proj.weight[64, 0], "
@@ -99,7 +99,7 @@ def test_ungrouped_qkv_is_seen_by_placement_and_logits_alone(tmp_path: Path) -> 
 def test_one_moved_key_head_is_seen_and_named(tmp_path: Path) -> None:
     """The tile that is wrong, and whose rows are in it."""
     found = outcome(tmp_path, faults.KEY, ["round_trip", "placement", "logits"])
-    assert {"round_trip": "passed", "placement": "failed", "logits": "failed"} == statuses(found)
+    assert statuses(found) == {"round_trip": "passed", "placement": "failed", "logits": "failed"}
     assert (
         "linear_qkv.weight[64, 0] holds model.layers.0.self_attn.k_proj.weight[8, 0]"
         in found["placement"].summary
@@ -110,13 +110,13 @@ def test_one_moved_key_head_is_seen_and_named(tmp_path: Path) -> None:
 def test_a_wrong_rope_factor_is_seen_by_config_rope_and_long_logits(tmp_path: Path) -> None:
     """Super v1 and v1.5 differ in nothing else."""
     found = outcome(tmp_path, faults.ROPE, ["config", "placement", "rope", "logits", "layouts"])
-    assert {
+    assert statuses(found) == {
         "config": "failed",
         "placement": "passed",
         "rope": "failed",
         "logits": "failed",
         "layouts": "passed",
-    } == statuses(found)
+    }
     assert "(8.0, 1.0, 4.0, 8192) is not (16.0, 1.0, 4.0, 8192)" in found["config"].summary
     logits = found["logits"].finding
     assert logits is not None
@@ -126,19 +126,19 @@ def test_a_wrong_rope_factor_is_seen_by_config_rope_and_long_logits(tmp_path: Pa
 def test_a_wrong_epsilon_is_seen_by_config_and_logits(tmp_path: Path) -> None:
     """The fault nearest to being harmless."""
     found = outcome(tmp_path, faults.EPSILON, ["config", "rope", "logits"])
-    assert {"config": "failed", "rope": "passed", "logits": "failed"} == statuses(found)
+    assert statuses(found) == {"config": "failed", "rope": "passed", "logits": "failed"}
     assert "1e-06 is not 1e-05" in found["config"].summary
 
 
 def test_one_flipped_bit_is_seen_and_placed(tmp_path: Path) -> None:
     """In a checkpoint of 2 million numbers, one differs by one bit."""
     found = outcome(tmp_path, faults.BIT, ["round_trip", "weights", "megatron_load", "logits"])
-    assert {
+    assert statuses(found) == {
         "round_trip": "failed",
         "weights": "failed",
         "megatron_load": "failed",
         "logits": "passed",  # it loads the Hugging Face checkpoint, which is whole
-    } == statuses(found)
+    }
     for name in ("round_trip", "weights"):
         assert ": 1 elements differ, this one first; in decoder.layers." in found[name].summary
 
@@ -146,7 +146,7 @@ def test_one_flipped_bit_is_seen_and_placed(tmp_path: Path) -> None:
 def test_a_wrong_reference_is_named_as_the_odd_one_out(tmp_path: Path) -> None:
     """Two against one: the oracle and Megatron agree."""
     found = outcome(tmp_path, faults.REFERENCE, ["rope", "logits"])
-    assert {"rope": "passed", "logits": "failed"} == statuses(found)
+    assert statuses(found) == {"rope": "passed", "logits": "failed"}
     logits = found["logits"].finding
     assert logits is not None
     assert logits.places[0].endswith("the reference's logits are wrong")
@@ -155,4 +155,4 @@ def test_a_wrong_reference_is_named_as_the_odd_one_out(tmp_path: Path) -> None:
 def test_a_rank_with_other_weights_is_seen_by_logits_and_layouts(tmp_path: Path) -> None:
     """The harness's own launch can be wrong too."""
     found = outcome(tmp_path, faults.RANK, ["logits", "layouts", "placement"])
-    assert {"logits": "failed", "layouts": "failed", "placement": "failed"} == statuses(found)
+    assert statuses(found) == {"logits": "failed", "layouts": "failed", "placement": "failed"}
