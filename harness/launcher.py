@@ -180,7 +180,11 @@ class RankPool:
             ours, theirs = context.Pipe()
             log = self.log_dir / f"rank{rank}.log"
             settings = RankSettings(
-                rank=rank, device=self.device, log=log, collective_timeout=2 * self.timeout
+                rank=rank,
+                device=self.device,
+                log=log,
+                collective_timeout=2 * self.timeout,
+                private=self._private,
             )
             process = context.Process(target=serve, args=(theirs, settings), name=f"rank{rank}")
             with _without_main():

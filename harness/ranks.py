@@ -12,6 +12,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -110,6 +111,8 @@ class RankSettings:
     device: Literal["cpu", "cuda"]
     log: Path
     collective_timeout: float
+    private: Path
+    """The pool's own directory, which is to go if the pool cannot see to it any more."""
 
 
 def serve(connection: Connection, settings: RankSettings) -> None:
@@ -121,6 +124,7 @@ def serve(connection: Connection, settings: RankSettings) -> None:
         try:
             message = connection.recv_bytes()
         except (EOFError, OSError):  # the pool is gone: take along whatever was started here
+            shutil.rmtree(settings.private, ignore_errors=True)
             os.killpg(0, signal.SIGKILL)
         try:
             task: Task | None = pickle.loads(message)  # noqa: S301 - from our own parent process
@@ -192,7 +196,9 @@ def _settle(settings: RankSettings) -> None:
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+        threading.Thread(
+            target=_die_with, args=(parent.sentinel, settings.private), daemon=True
+        ).start()
     # Ranks are processes of this host: gloo needs no route to anywhere else.
     if Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -202,7 +208,8 @@ def _settle(settings: RankSettings) -> None:
         torch.set_num_threads(1)
 
 
-def _die_with(sentinel: int) -> None:
+def _die_with(sentinel: int, private: Path) -> None:
     """End this rank and its children when the user's process is gone, however it went."""
     multiprocessing.connection.wait([sentinel])
+    shutil.rmtree(private, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)

@@ -153,7 +153,8 @@ def test_a_rank_that_died_between_calls_is_replaced(pool: RankPool) -> None:
     """A pool that somebody has shot at works on."""
     victim = pool.run(layout(tp=2), ranks.pid)[1]
     os.kill(victim, signal.SIGKILL)
-    assert gone([victim])
+    while Path(f"/proc/{victim}").exists():  # until the fork server has reaped it
+        time.sleep(0.05)
     assert pool.run(layout(tp=2), ranks.total, 1.0) == [3.0, 3.0]
 
 
@@ -213,7 +214,7 @@ def test_ranks_and_their_children_end_with_a_parent_that_was_killed(tmp_path: Pa
         pool = RankPool(timeout=60)
         layout = ParallelLayout(tensor_model_parallel_size=2, num_layers_per_stage=(1,))
         pids = pool.run(layout, ranks.pid) + pool.run(layout, ranks.spawn_child)
-        print(*pids, flush=True)
+        print(*pids, pool.log_dir, flush=True)
         pool.run(layout, ranks.hang_on, 1)
         """),
         "utf-8",
@@ -221,8 +222,11 @@ def test_ranks_and_their_children_end_with_a_parent_that_was_killed(tmp_path: Pa
     command = [sys.executable, str(script)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - our own
         assert process.stdout is not None
-        pids = [int(pid) for pid in process.stdout.readline().split()]
+        *words, private = process.stdout.readline().split()
+        pids = [int(pid) for pid in words]
         assert len(pids) == 4
+        assert Path(private).is_dir()
         assert all(is_alive(pid) for pid in pids)
         process.kill()
     assert gone(pids)
+    assert not Path(private).exists()
