@@ -25,7 +25,8 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -45,7 +46,7 @@ _PRELOAD: Final = ["harness.rank_imports"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Worker:
     rank: int
-    process: ForkServerProcess
+    process: BaseProcess
     connection: Connection
     log: Path
 
@@ -174,8 +175,7 @@ class RankPool:
             not worker.process.is_alive() or worker.connection.poll() for worker in self._workers
         ):
             self._end()  # a rank has ended between two calls: an idle one has nothing to say
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context = _context(self.device)
         for rank in range(len(self._workers), num_ranks):
             ours, theirs = context.Pipe()
             log = self.log_dir / f"rank{rank}.log"
@@ -233,6 +233,18 @@ class RankPool:
             rank_traceback=outcome.traceback or "",
             log_tails=tails,
         )
+
+
+def _context(device: Literal["cpu", "cuda"]) -> ForkServerContext | SpawnContext:
+    """Where ranks come from: a fork server that has imported everything, or nothing at all.
+
+    A process cannot be forked from one that has touched a GPU, so GPU ranks import for themselves.
+    """
+    if device == "cuda":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def _send(workers: list[_Worker], task: Task | None) -> None:

@@ -1,13 +1,18 @@
 """What every rank process needs, imported once in the fork server; ranks then fork in milliseconds.
 
 Nothing here may start a thread or touch a device: a process with either cannot be forked safely.
+Importing Megatron-Core touches a GPU where it sees one [seen on an H200], so this process is shown
+none: only ranks on the CPU are forked from it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Megatron-Core and its optional packages announce on import what they do not find; the server's
 # streams are the user's terminal.
