@@ -6,9 +6,8 @@ table; adding a block kind means adding its rows here and nothing else.
 
 Names are those of Megatron's checkpoints, with the layer's index over the whole model. Models
 built from Transformer Engine layers use the same names; local layers keep their norms outside the
-linear that consumes them, which `local_name` says. Source: megatron-core 0.16.1
-`gpt_layer_specs.get_gpt_layer_local_spec` and `heterogeneous_layer_specs`, their
-`sharded_state_dict_keys_map`.
+linear that consumes them, and `bridge.model` asks Megatron itself how it maps them. Source:
+megatron-core 0.16.1 `gpt_layer_specs.get_gpt_layer_local_spec` and `heterogeneous_layer_specs`.
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ class Row:
 
     Args:
         name: In the checkpoint, relative to its layer for rows of a block.
-        local_name: In a live model of local layers, where it differs.
         sources: What it is made of.
         tp_axis: The axis TP shards; None when every TP rank holds all of it.
         order: How several sources are laid out.
@@ -61,7 +59,6 @@ class Row:
     """
 
     name: str
-    local_name: str | None = None
     sources: tuple[Source, ...]
     tp_axis: int | None = None
     order: Order = Order.STACKED
@@ -76,7 +73,6 @@ ATTENTION_ROWS: Final[Mapping[type[AttentionSpec], tuple[Row, ...]]] = {
     GroupedQueryAttention: (
         Row(
             name="self_attention.linear_qkv.layer_norm_weight",
-            local_name="input_layernorm.weight",
             sources=_ATTENTION_NORM,
         ),
         # Rows run group by group: the group's query heads, its key head, its value head.
@@ -100,7 +96,6 @@ ATTENTION_ROWS: Final[Mapping[type[AttentionSpec], tuple[Row, ...]]] = {
     Linear: (
         Row(
             name="self_attention.layer_norm_weight",
-            local_name="input_layernorm.weight",
             sources=_ATTENTION_NORM,
         ),
         Row(
@@ -116,7 +111,6 @@ FFN_ROWS: Final[Mapping[type[FfnSpec], tuple[Row, ...]]] = {
     SwiGLU: (
         Row(
             name="mlp.linear_fc1.layer_norm_weight",
-            local_name="pre_mlp_layernorm.weight",
             sources=_FFN_NORM,
         ),
         # Gate first, then up. Source: megatron-core 0.16.1 MLP.forward, `glu` chunks in two and
@@ -138,7 +132,6 @@ FFN_ROWS: Final[Mapping[type[FfnSpec], tuple[Row, ...]]] = {
     Linear: (
         Row(
             name="mlp.layer_norm_weight",
-            local_name="pre_mlp_layernorm.weight",
             sources=_FFN_NORM,
         ),
         Row(
@@ -176,7 +169,6 @@ class Parameter:
     """
 
     name: str
-    local_name: str
     layer_idx: int | None
     shape: Shape
     tiling: Tiling
@@ -346,7 +338,6 @@ def _resolve(
     prefix = "" if layer_idx is None else f"decoder.layers.{layer_idx}."
     return Parameter(
         name=prefix + row.name,
-        local_name=prefix + (row.local_name or row.name),
         layer_idx=layer_idx,
         shape=tiling.shape,
         tiling=tiling,

@@ -19,7 +19,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from bridge.dtypes import Words
-from bridge.errors import CheckpointError
+from bridge.errors import CheckpointError, PlanError
 from bridge.storage.source import FileLayout, Payload, TensorInfo, TensorSource
 from bridge.tiling import Box, Tile, Tiling, bands
 
@@ -123,6 +123,11 @@ def _write_payload(
     advance: Advance,
 ) -> None:
     word = _word(tiling, source.tensors)
+    if payload.nbytes != payload.box.volume * word.itemsize:
+        raise PlanError(
+            f"{payload.tensor}{payload.box} of {word.itemsize}-byte elements does not fill the "
+            f"{payload.nbytes} bytes laid out for it"
+        )
     checksum, offset = 0, payload.offset
     for words in read_bands(source, tiling, payload.box, word=word, band_nbytes=band_nbytes):
         data = words.reshape(-1).view("u1").data
@@ -136,7 +141,10 @@ def _write_payload(
 
 
 def _word(tiling: Tiling, tensors: Mapping[str, TensorInfo]) -> np.dtype[Any]:
-    return next(tensors[tile.source].dtype.word for tile in tiling.tiles if tile.source)
+    found = next((tile.source for tile in tiling.tiles if tile.source is not None), None)
+    if found is None:
+        raise PlanError(f"a tensor of shape {tiling.shape} is made of no source")
+    return tensors[found].dtype.word
 
 
 def read_bands(

@@ -5,23 +5,24 @@ Importing this module imports no torch: `--help` is instant.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 import bridge.cli
 from bridge.cli import HfModel, PpSize, Revision, TpSize, TrustRemoteCode, VppSize, app
-from bridge.errors import BridgeError
+from bridge.errors import BridgeError, LayoutError
 
 if TYPE_CHECKING:
     from harness.bench import Subject
-    from harness.runner import Result, RunReport
+    from harness.runner import RunReport
     from harness.suite import Case
 
 JsonTarget = Annotated[
@@ -56,8 +57,13 @@ def verify(
         typer.Option("--megatron-path", help="A Megatron checkpoint to hold against it."),
     ] = None,
     layouts: Annotated[
-        str, typer.Option("--layouts", help="Comma-separated, such as tp2-pp1,tp1-pp2.")
-    ] = ",".join(_DEFAULT_LAYOUTS),
+        str | None,
+        typer.Option(
+            "--layouts",
+            help="Comma-separated, such as tp2-pp1,tp1-pp2; by default whichever of "
+            f"{','.join(_DEFAULT_LAYOUTS)} the model can be cut into.",
+        ),
+    ] = None,
     dtype: DtypeName = "float32",
     device: DeviceName = "cpu",
     select: Select = None,
@@ -79,7 +85,7 @@ def verify(
     from harness.suite import select as select_cases
 
     path = resolve_model(hf_model, weights=True, revision=revision)
-    names = tuple(name.strip() for name in layouts.split(",") if name.strip())
+    names = _layout_names(path, layouts)
     cases = _verification_cases(path, names, dtype, device, imported=megatron_path is not None)
     chosen = select_cases(cases, select or ())
     if list_only:
@@ -93,11 +99,8 @@ def _verification_cases(
     path: Path, layouts: Sequence[str], dtype: str, device: str, *, imported: bool
 ) -> list[Case]:
     """Every check that applies to one checkpoint; `imported` if its Megatron twin is given."""
-    from harness.layouts import check_layout_name
     from harness.suite import Case
 
-    for name in layouts:
-        check_layout_name(name)
     model = path.resolve().name
     first: list[tuple[str, Sequence[str | None]]] = [("config", (None,))]
     first.append(("weights", (None,)) if imported else ("round_trip", _CUT_FOR))
@@ -113,6 +116,25 @@ def _verification_cases(
     ]
 
 
+def _layout_names(path: Path, given: str | None) -> tuple[str, ...]:
+    """The layouts asked for, which must fit the model, or those of the default ones that do."""
+    from bridge.convert import read_spec
+    from harness.layouts import resolve_layout
+
+    spec = read_spec(path)
+    if given is not None:
+        names = tuple(name.strip() for name in given.split(",") if name.strip())
+        for name in names:
+            resolve_layout(name, spec)  # bad usage, said before any work
+        return names
+    fitting = []
+    for name in _DEFAULT_LAYOUTS:
+        with contextlib.suppress(LayoutError):
+            resolve_layout(name, spec)
+            fitting.append(name)
+    return tuple(fitting)
+
+
 def _subjects(path: Path, megatron: Path | None, *, trust_remote_code: bool) -> dict[str, Subject]:
     from harness.bench import Subject
 
@@ -123,7 +145,7 @@ def _subjects(path: Path, megatron: Path | None, *, trust_remote_code: bool) -> 
 
 def _verify_conversion(hf: Path, megatron: Path, trust_remote_code: bool, quiet: bool) -> None:
     """What `--verify full` adds to import and export; with `quiet` the report is on stderr."""
-    cases = _verification_cases(hf, _DEFAULT_LAYOUTS, "float32", "cpu", imported=True)
+    cases = _verification_cases(hf, _layout_names(hf, None), "float32", "cpu", imported=True)
     subjects = _subjects(hf, megatron, trust_remote_code=trust_remote_code)
     _finish(_run(cases, subjects, 1800.0, None, suite=None, json_=None, on_stderr=quiet))
 
@@ -276,6 +298,7 @@ def _run(
     from bridge.console import stdout
     from harness.bench import Bench
     from harness.report.evidence import evidence, identity, versions, write_json
+    from harness.report.progress import CaseProgress
     from harness.report.text import print_report
     from harness.runner import run_cases
 
@@ -286,7 +309,7 @@ def _run(
     with (
         tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as workdir,
         Bench(Path(workdir), subjects=subjects, timeout=timeout, log_dir=log_dir) as bench,
-        _Progress(len(cases)) as progress,
+        CaseProgress(len(cases)) as progress,
     ):
         found = run_cases(
             cases, bench, on_result=progress.advance, allowed_not_run=set(allow_not_run)
@@ -304,33 +327,6 @@ def _run(
     return found
 
 
-class _Progress:
-    """A bar on stderr where that is a terminal, one line per failure where it is not."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(stderr=True)
-        self._progress = Progress(console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._progress.add_task("cases", total=total)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, result: Result) -> None:
-        """Count one case."""
-        from harness.report.text import progress_line
-
-        self._progress.update(self._task, advance=1, description=result.case.id)
-        if result.status != "passed":
-            self._progress.console.print(progress_line(result), markup=False, highlight=False)
-
-
 def _finish(report: RunReport) -> None:
     if report.exit_code:
         raise typer.Exit(report.exit_code)
@@ -340,7 +336,8 @@ def main() -> None:
     """Run the command line; the entry point.
 
     Exits with 0 (passed), 1 (a check failed), 2 (bad usage or input), 3 (could not run) or 130
-    (interrupted). Errors a user can act on are printed without a traceback.
+    (interrupted, which is typer's own doing). Errors a user can act on are printed without a
+    traceback; any other is our bug and keeps its own.
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
     try:
@@ -350,9 +347,6 @@ def main() -> None:
         for note in getattr(error, "__notes__", ()):
             sys.stderr.write(f"note: {note}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

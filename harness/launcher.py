@@ -10,45 +10,33 @@ the one that failed first, and the next call starts afresh.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import multiprocessing.connection
-import multiprocessing.forkserver
-import os
 import pickle
 import shutil
 import signal
-import sys
 import tempfile
 import time
-import types
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from bridge.spec import ParallelLayout
 from harness.errors import BackendUnavailableError, WorkerFailedError, WorkerTimeoutError
-from harness.ranks import Hook, Outcome, RankFunction, RankSettings, Task, serve
+from harness.rank_processes import (
+    Worker,
+    dump_stacks,
+    kill,
+    log_size,
+    log_tail,
+    start,
+    start_server,
+)
+from harness.ranks import Hook, Outcome, RankFunction, RankSettings, Task
 
 DEFAULT_TIMEOUT: Final = 300.0
 _GRACE: Final = 1.0
 """Seconds in which the other ranks may still say what happened to them."""
-_STACK_DUMP: Final = 0.3
-"""Seconds for hung ranks to write their stacks."""
-_TAIL_LINES: Final = 40
-_PRELOAD: Final = ["harness.rank_imports"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Worker:
-    rank: int
-    process: BaseProcess
-    connection: Connection
-    log: Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +75,7 @@ class RankPool:
         self._private = Path(tempfile.mkdtemp(prefix="nemotron-bridge-ranks-"))
         self.log_dir = log_dir or self._private
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
         self._formed: tuple[object, ...] | None = None
         self._rendezvous = ""
         self._generation = 0
@@ -129,7 +117,7 @@ class RankPool:
             self._start(layout.world_size)
             self._form(layout)
             workers = self._workers[: layout.world_size]
-            logged = {worker.rank: _size(worker.log) for worker in workers}
+            logged = {worker.rank: log_size(worker.log) for worker in workers}
             task = Task(
                 rendezvous=self._rendezvous,
                 world_size=layout.world_size,
@@ -142,8 +130,8 @@ class RankPool:
             outcomes, failures = _collect(workers, deadline, limit)
             if not failures:
                 return [outcomes[worker.rank].value for worker in workers]
-            _dump_stacks([worker for worker in workers if worker.rank not in outcomes])
-            tails = {worker.rank: _tail(worker.log, logged[worker.rank]) for worker in workers}
+            dump_stacks([worker for worker in workers if worker.rank not in outcomes])
+            tails = {worker.rank: log_tail(worker.log, logged[worker.rank]) for worker in workers}
         except BaseException:
             self._end()
             raise
@@ -153,8 +141,7 @@ class RankPool:
     @staticmethod
     def warm_up() -> None:
         """Start the server that imports Megatron-Core, without waiting for it."""
-        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-        multiprocessing.forkserver.ensure_running()
+        start_server()
 
     def close(self) -> None:
         """End every rank and remove the private directory."""
@@ -175,22 +162,15 @@ class RankPool:
             not worker.process.is_alive() or worker.connection.poll() for worker in self._workers
         ):
             self._end()  # a rank has ended between two calls: an idle one has nothing to say
-        context = _context(self.device)
         for rank in range(len(self._workers), num_ranks):
-            ours, theirs = context.Pipe()
-            log = self.log_dir / f"rank{rank}.log"
             settings = RankSettings(
                 rank=rank,
                 device=self.device,
-                log=log,
+                log=self.log_dir / f"rank{rank}.log",
                 collective_timeout=2 * self.timeout,
                 private=self._private,
             )
-            process = context.Process(target=serve, args=(theirs, settings), name=f"rank{rank}")
-            with _without_main():
-                process.start()
-            theirs.close()
-            self._workers.append(_Worker(rank=rank, process=process, connection=ours, log=log))
+            self._workers.append(start(settings))
 
     def _form(self, layout: ParallelLayout) -> None:
         """Choose the groups' meeting place; ranks that are not part of the layout leave."""
@@ -208,7 +188,7 @@ class RankPool:
             _send(self._workers[layout.world_size :], None)
 
     def _end(self) -> None:
-        _kill(self._workers)
+        kill(self._workers)
         self._formed = None
 
     def _error(
@@ -235,19 +215,7 @@ class RankPool:
         )
 
 
-def _context(device: Literal["cpu", "cuda"]) -> ForkServerContext | SpawnContext:
-    """Where ranks come from: a fork server that has imported everything, or nothing at all.
-
-    A process cannot be forked from one that has touched a GPU, so GPU ranks import for themselves.
-    """
-    if device == "cuda":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    return context
-
-
-def _send(workers: list[_Worker], task: Task | None) -> None:
+def _send(workers: list[Worker], task: Task | None) -> None:
     try:
         message = pickle.dumps(task, protocol=pickle.HIGHEST_PROTOCOL)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -261,14 +229,14 @@ def _send(workers: list[_Worker], task: Task | None) -> None:
 
 
 def _collect(
-    workers: list[_Worker], deadline: float, limit: float
+    workers: list[Worker], deadline: float, limit: float
 ) -> tuple[dict[int, Outcome], list[_Failure]]:
     """Wait for every rank, or for the first failure and a little longer."""
     pending = {worker.rank: worker for worker in workers}
     outcomes: dict[int, Outcome] = {}
     failures: list[_Failure] = []
     while pending:
-        handles: dict[Any, _Worker] = {}
+        handles: dict[Any, Worker] = {}
         for worker in pending.values():
             handles[worker.connection] = worker
             handles[worker.process.sentinel] = worker
@@ -302,7 +270,7 @@ def _collect(
     return outcomes, failures
 
 
-def _receive(worker: _Worker) -> Outcome | None:
+def _receive(worker: Worker) -> Outcome | None:
     try:
         if worker.connection.poll(0):
             outcome: Outcome = pickle.loads(worker.connection.recv_bytes())  # noqa: S301 - our own child
@@ -312,7 +280,7 @@ def _receive(worker: _Worker) -> Outcome | None:
     return None
 
 
-def _death(worker: _Worker) -> _Failure:
+def _death(worker: Worker) -> _Failure:
     worker.process.join(1.0)
     code = worker.process.exitcode
     if code is not None and code < 0:
@@ -326,54 +294,6 @@ def _death(worker: _Worker) -> _Failure:
     )
 
 
-def _dump_stacks(workers: list[_Worker]) -> None:
-    alive = [worker for worker in workers if worker.process.is_alive()]
-    for worker in alive:  # forked children of a rank dump theirs too
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(worker.process.pid or 0, signal.SIGUSR1)
-    if alive:
-        time.sleep(_STACK_DUMP)
-
-
-def _kill(workers: list[_Worker]) -> None:
-    """End ranks and everything they started; nobody is asked nicely."""
-    for worker in workers:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(worker.process.pid or 0, signal.SIGKILL)
-        worker.process.kill()
-    for worker in workers:
-        worker.process.join()
-        worker.connection.close()
-    workers.clear()
-
-
-def _clean_up(workers: list[_Worker], private: Path) -> None:
-    _kill(workers)
+def _clean_up(workers: list[Worker], private: Path) -> None:
+    kill(workers)
     shutil.rmtree(private, ignore_errors=True)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _tail(path: Path, start: int) -> str:
-    if not path.exists():
-        return ""
-    with path.open("rb") as stream:
-        stream.seek(start)
-        lines = stream.read().decode("utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-_TAIL_LINES:])
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Keep multiprocessing from importing the user's `__main__` again in every rank.
-
-    A script without a `__main__` guard would otherwise start itself over and over.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

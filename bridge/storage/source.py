@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from bridge.dtypes import Dtype, Words
 from bridge.tiling import Box, Shape
@@ -50,19 +49,6 @@ class TensorSource(Protocol):
 
     def close(self) -> None:
         """Release files. A closed source is not read again."""
-        ...
-
-    def __enter__(self) -> Self:
-        """Sources are context managers."""
-        ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close."""
         ...
 
 

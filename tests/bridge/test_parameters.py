@@ -231,38 +231,29 @@ def test_names_shapes_and_order_are_those_of_both_checkpoints() -> None:
         "lm_head.weight": (5, 6),
     }
     table = parameters(spec, padded_vocab_size=8)
-    assert {name: (p.local_name, p.shape, p.layer_idx) for name, p in table.items()} == {
-        "embedding.word_embeddings.weight": ("embedding.word_embeddings.weight", (8, 6), None),
-        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": (
-            "decoder.layers.0.input_layernorm.weight", (6,), 0,
+    assert {name: (p.shape, p.layer_idx) for name, p in table.items()} == {
+        "embedding.word_embeddings.weight": ((8, 6), None),
+        "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight": ((6,), 0,
         ),
-        "decoder.layers.0.self_attention.linear_qkv.weight": (
-            "decoder.layers.0.self_attention.linear_qkv.weight", (16, 6), 0,
+        "decoder.layers.0.self_attention.linear_qkv.weight": ((16, 6), 0,
         ),
-        "decoder.layers.0.self_attention.linear_proj.weight": (
-            "decoder.layers.0.self_attention.linear_proj.weight", (6, 8), 0,
+        "decoder.layers.0.self_attention.linear_proj.weight": ((6, 8), 0,
         ),
-        "decoder.layers.0.mlp.layer_norm_weight": (
-            "decoder.layers.0.pre_mlp_layernorm.weight", (6,), 0,
+        "decoder.layers.0.mlp.layer_norm_weight": ((6,), 0,
         ),
-        "decoder.layers.0.mlp.weight": ("decoder.layers.0.mlp.weight", (6, 6), 0),
-        "decoder.layers.2.self_attention.layer_norm_weight": (
-            "decoder.layers.2.input_layernorm.weight", (6,), 2,
+        "decoder.layers.0.mlp.weight": ((6, 6), 0),
+        "decoder.layers.2.self_attention.layer_norm_weight": ((6,), 2,
         ),
-        "decoder.layers.2.self_attention.weight": (
-            "decoder.layers.2.self_attention.weight", (6, 6), 2,
+        "decoder.layers.2.self_attention.weight": ((6, 6), 2,
         ),
-        "decoder.layers.2.mlp.linear_fc1.layer_norm_weight": (
-            "decoder.layers.2.pre_mlp_layernorm.weight", (6,), 2,
+        "decoder.layers.2.mlp.linear_fc1.layer_norm_weight": ((6,), 2,
         ),
-        "decoder.layers.2.mlp.linear_fc1.weight": (
-            "decoder.layers.2.mlp.linear_fc1.weight", (6, 6), 2,
+        "decoder.layers.2.mlp.linear_fc1.weight": ((6, 6), 2,
         ),
-        "decoder.layers.2.mlp.linear_fc2.weight": (
-            "decoder.layers.2.mlp.linear_fc2.weight", (6, 3), 2,
+        "decoder.layers.2.mlp.linear_fc2.weight": ((6, 3), 2,
         ),
-        "decoder.final_layernorm.weight": ("decoder.final_layernorm.weight", (6,), None),
-        "output_layer.weight": ("output_layer.weight", (8, 6), None),
+        "decoder.final_layernorm.weight": ((6,), None),
+        "output_layer.weight": ((8, 6), None),
     }  # fmt: skip
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +19,12 @@ from safetensors.torch import save_file as save_tensors
 
 from bridge.convert import import_checkpoint
 from bridge.decilm import load_reference
+from harness.locations import suites_dir
 from harness.toys import toy_named, write_checkpoint
 
 pytestmark = pytest.mark.ranks
 TOY = "super-49b-v1_5"
+NANO = str(suites_dir() / "variants" / "Llama-3.1-Nemotron-Nano-8B-v1.json")
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +160,17 @@ def test_logits_of_both_sides_agree_and_are_the_models_own(
         (["parity", "--select", "no-such-case"], 2, "HN101 none of"),
         (["parity", "--suite", "no-such-suite"], 2, "HN101 no suite"),
         (["verify", "--hf-model", "/no/such/model"], 2, "BR300 no such file or directory"),
-        (["verify", "--hf-model", ".", "--layouts", "tp2xpp1"], 2, "HN101 no layout is called"),
+        (
+            [
+                "verify",
+                "--hf-model",
+                NANO,
+                "--layouts",
+                "tp2xpp1",
+            ],
+            2,
+            "HN101 no layout is called",
+        ),
         (["logits", "--input", "/no/such", "--output", "o"], 2, "BR300 cannot read the input"),
     ],
 )
@@ -168,6 +183,33 @@ def test_bad_usage_is_said_on_stderr_with_exit_code_2(
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_layout_that_does_not_fit_the_model_is_refused_before_any_work(hf: Path) -> None:
+    """16 heads over 3 ranks: bad usage, not a failed check."""
+    done = nemotron_bridge("verify", "--hf-model", hf, "--layouts", "tp1-pp1,tp3-pp1")
+    assert done.returncode == 2
+    assert "BR201 tensor_model_parallel_size=3" in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_interrupted_run_ends_with_130_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Ctrl-C while ranks are at work."""
+    log = tmp_path / "report" / "ranks" / "rank0.log"
+    command = [sys.executable, "-m", "harness", "parity", "--report", str(tmp_path / "report")]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(  # noqa: S603 - our own command
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        while not log.exists():  # the first rank is there
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert out == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
 def test_list_prints_the_selected_ids_and_runs_nothing() -> None:

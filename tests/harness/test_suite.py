@@ -67,7 +67,7 @@ def test_the_device_is_part_of_the_id_where_it_is_not_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"checks": ["confg"]}, "checks: 'confg' is not one of config"),
+        ({"checks": ["no-such-check"]}, "checks: 'no-such-check' is not one of config"),
         ({"models": ["toy:nano-5b"]}, "no toy is called 'toy:nano-5b'"),
         ({"models": ["nano-4b"]}, "'nano-4b' must be toy:NAME"),
         ({"dtypes": ["float8"]}, "'float8' is not one of float32, bfloat16"),
@@ -117,6 +117,10 @@ def test_selecting_takes_a_part_of_the_id_or_a_glob_over_all_of_it() -> None:
     part = select(cases, ["logits/tied/tp2"])
     assert {"tp2-pp1", "tp2-pp2"} == {case.layout for case in part}
     assert {"tied"} == {case.model for case in part}
+    inside = select(cases, ["tied/tp2-pp1"])
+    assert {"tied"} == {case.model for case in inside}
+    assert {"tp2-pp1"} == {case.layout for case in inside}
+    assert {"placement", "rope", "logits", "layouts", "megatron_load"} == {c.check for c in inside}
     glob = select(cases, ["rope/*/tp4-pp1/*"])
     assert set(TOYS) == {case.model for case in glob}
     assert {"rope"} == {case.check for case in glob}
