@@ -551,7 +551,7 @@ def test_the_sources_of_these_tests_are_sources(array_source: MakeSource) -> Non
         "zeros": ZeroSource((2, 2)),
     }
     for source in sources.values():
-        with source as opened:
-            out = np.empty((1, 2), np.uint16)
-            opened.read_into("t", Box((1, 0), (2, 2)), out)
+        out = np.empty((1, 2), np.uint16)
+        source.read_into("t", Box((1, 0), (2, 2)), out)
+        source.close()
     assert sources["arrays"].closed  # type: ignore[attr-defined]  # the array source's own
