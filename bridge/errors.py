@@ -12,7 +12,9 @@ Anything else that escapes is our own bug and keeps its traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
+
+_MAX_SHOWN: Final = 50
 
 
 class BridgeError(Exception):
@@ -38,8 +40,14 @@ class BridgeError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        """Render the diagnostic: code and message, places, help."""
-        lines = [f"{self.code} {self.message}", *(f"  --> {place}" for place in self.where)]
+        """Render the diagnostic: code and message, places, help.
+
+        All places are in `where`; a screenful of them is printed.
+        """
+        shown = self.where[:_MAX_SHOWN]
+        lines = [f"{self.code} {self.message}", *(f"  --> {place}" for place in shown)]
+        if len(self.where) > len(shown):
+            lines.append(f"  ... and {len(self.where) - len(shown)} more")
         if self.hint:
             lines.append(f"help: {self.hint}")
         return "\n".join(lines)

@@ -129,3 +129,12 @@ def test_unknown_dtypes_are_refused_with_the_known_ones_named() -> None:
         dtype_from_safetensors("F4", where="f")
     assert coded.value.hint is not None
     assert "BF16" in coded.value.hint
+
+
+def test_a_thousand_places_are_a_screenful_and_a_count() -> None:
+    """Nobody reads 1,000 lines; the instance still holds them all."""
+    error = BridgeError("broken", where=[f"block {index}" for index in range(1000)])
+    lines = str(error).splitlines()
+    assert len(lines) == 52
+    assert lines[-1] == "  ... and 950 more"
+    assert len(error.where) == 1000
