@@ -39,7 +39,6 @@ def environment(session: nox.Session) -> str:
         STAMP.write_text(wanted)
     # One thread per process: ranks and xdist workers share the cores.
     session.env["OMP_NUM_THREADS"] = "1"
-    session.env["PATH"] = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
     return str(python)
 
 
@@ -72,8 +71,12 @@ def lint(session: nox.Session) -> None:
     session.run(python, "-m", "ruff", "check")
     session.run(python, "-m", "ruff", "format", "--check")
     session.run(python, "-m", "mypy")
-    session.run("lint-imports")
-    session.run("codespell", "bridge", "harness", "tests", "suites", "README.md", "CHANGELOG.md")
+    tools = ENVIRONMENT / "bin"
+    session.run(str(tools / "lint-imports"))
+    session.run(
+        str(tools / "codespell"),
+        *("bridge", "harness", "tests", "suites", "golden", ".github", "README.md", "CHANGELOG.md"),
+    )
 
 
 @nox.session
