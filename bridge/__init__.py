@@ -1,6 +1,65 @@
 """Move Llama-Nemotron models between Hugging Face and Megatron-Core, bit for bit.
 
-The package is usable piece by piece; importing it imports no torch.
+The names below are the package's front door. They are imported when they are first used, so
+`import bridge` costs nothing and loads no torch.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bridge.conversion import ConversionOptions, ConversionReport
+    from bridge.convert import export_checkpoint, import_checkpoint, read_spec
+    from bridge.errors import BridgeError
+    from bridge.model import build_model, load_hf, load_megatron
+    from bridge.pipeline import parse_layout, plan_layout
+    from bridge.plan import Plan
+    from bridge.spec import ModelSpec, ParallelLayout
+    from bridge.transfer import TransferLimits
+
 __version__ = "0.1.0"
+
+_HOME = {
+    "BridgeError": "bridge.errors",
+    "ConversionOptions": "bridge.conversion",
+    "ConversionReport": "bridge.conversion",
+    "ModelSpec": "bridge.spec",
+    "ParallelLayout": "bridge.spec",
+    "Plan": "bridge.plan",
+    "TransferLimits": "bridge.transfer",
+    "build_model": "bridge.model",
+    "export_checkpoint": "bridge.convert",
+    "import_checkpoint": "bridge.convert",
+    "load_hf": "bridge.model",
+    "load_megatron": "bridge.model",
+    "parse_layout": "bridge.pipeline",
+    "plan_layout": "bridge.pipeline",
+    "read_spec": "bridge.convert",
+}
+
+__all__ = [
+    "BridgeError",
+    "ConversionOptions",
+    "ConversionReport",
+    "ModelSpec",
+    "ParallelLayout",
+    "Plan",
+    "TransferLimits",
+    "build_model",
+    "export_checkpoint",
+    "import_checkpoint",
+    "load_hf",
+    "load_megatron",
+    "parse_layout",
+    "plan_layout",
+    "read_spec",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    """Import a public name on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -271,7 +271,7 @@ def test_segments_are_the_chunks_megatron_stores() -> None:
     assert all(sum(p.segments) == p.shape[0] for p in table.values())
 
 
-# The published counts, not ours: FACTS of the checkpoints' own pages and index files.
+# The published counts, not ours: from the checkpoints' own pages and index files.
 PUBLISHED = {
     "Llama-3.1-Nemotron-Nano-4B-v1.1": (4_512_746_496, 291, 32),
     "Llama-3.1-Nemotron-Nano-8B-v1": (8_030_261_248, 291, 32),
