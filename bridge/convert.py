@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Final
 
 from bridge import __version__
+from bridge.agreement import check_agreement
 from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
-from bridge.errors import ConfigError, InconsistentConfigError, VerificationError
+from bridge.errors import ConfigError, VerificationError
 from bridge.hf_config import hf_config_from_spec, load_hf_config, spec_from_hf_config
 from bridge.megatron_args import checkpoint_args, megatron_lm_flags, spec_from_checkpoint_args
 from bridge.parameters import EMBEDDING_ROW
@@ -236,40 +237,8 @@ def _export_spec(
         )
         return spec_from_checkpoint_args(source.args, where=source.args_where), None, notes
     spec = read_spec(directory, carry=carry)
-    if source.args is not None:
-        _check_agreement(source, spec, directory)
+    check_agreement(source, spec, where=str(directory))
     return spec, directory if directory.is_dir() else directory.parent, notes
-
-
-# Training may change these without changing what the weights mean.
-_FREE: Final = ("params_dtype", "max_position_embeddings")
-
-
-def _check_agreement(source: MegatronSource, spec: ModelSpec, directory: Path) -> None:
-    args = dict(source.args or {})
-    vocab_size = spec.vocab_size if args.get("vocab_size") is None else None
-    rope = spec.rope if args.get("use_rope_scaling") is None else None
-    said = spec_from_checkpoint_args(
-        args, vocab_size=vocab_size, rope=rope, where=source.args_where
-    )
-    wrong = [
-        f"{name}: {getattr(spec, name)} in {directory}, {getattr(said, name)} in the checkpoint"
-        for name in spec.__dataclass_fields__
-        if name not in (*_FREE, "blocks") and getattr(spec, name) != getattr(said, name)
-    ]
-    wrong += [
-        f"block {layer_idx}: {ours} in {directory}, {theirs} in the checkpoint"
-        for layer_idx, (ours, theirs) in enumerate(zip(spec.blocks, said.blocks, strict=False))
-        if ours != theirs
-    ]
-    if len(spec.blocks) != len(said.blocks):
-        wrong.append(f"num_layers: {spec.num_layers} in {directory}, {said.num_layers}")
-    if wrong:
-        raise InconsistentConfigError(
-            "the configuration is not that of the checkpoint",
-            where=wrong,
-            hint="give the configuration of the model that was trained",
-        )
 
 
 def _hf_layouts(
