@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Callable
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import typer
 
 from bridge import __version__
 from bridge.console import RichProgress, parse_size, print_json, stdout, table
-from bridge.errors import EnvironmentMissingError
+from bridge.errors import EnvironmentMissingError, UsageError
 from bridge.render import print_description, print_report
+
+if TYPE_CHECKING:
+    from bridge.transfer import TransferLimits
 
 app = typer.Typer(
     name="nemotron-bridge",
@@ -78,15 +81,36 @@ TrustRemoteCode = Annotated[
     ),
 ]
 
-full_verification: Callable[[Path, Path, bool, bool], None] | None = None
-"""Prove (hf, megatron, trust_remote_code, quiet_stdout); `harness.cli` sets it.
 
-It raises `typer.Exit` with the harness's exit code when a check fails.
+class FullVerification(Protocol):
+    """What `--verify full` does after a conversion."""
+
+    def __call__(
+        self,
+        hf: Path,
+        megatron: Path,
+        *,
+        trust_remote_code: bool,
+        carry: Collection[str],
+        quiet: bool,
+    ) -> None:
+        """Prove the pair; with `quiet`, stdout is left to the command's own JSON."""
+        ...
+
+
+full_verification: FullVerification | None = None
+"""Set by `harness.cli`. It raises `typer.Exit` with the harness's exit code when a check fails.
 """
 
 
 def _verify_fully(
-    verify: str, hf: Path, megatron: Path, *, trust_remote_code: bool, json_: bool
+    verify: str,
+    hf: Path,
+    megatron: Path,
+    *,
+    trust_remote_code: bool,
+    carry: Collection[str] | None,
+    json_: bool,
 ) -> None:
     if verify != "full":
         return
@@ -94,12 +118,26 @@ def _verify_fully(
         raise EnvironmentMissingError(
             "--verify full needs the harness", hint="run the nemotron-bridge command"
         )
-    full_verification(hf, megatron, trust_remote_code, json_)
+    full_verification(
+        hf, megatron, trust_remote_code=trust_remote_code, carry=carry or (), quiet=json_
+    )
 
 
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit, for a Hub id.")
 ]
+
+
+def _limits(memory_budget: str) -> TransferLimits:
+    from bridge.transfer import TransferLimits
+
+    limits = TransferLimits(memory_budget=parse_size(memory_budget))
+    if limits.buffers_nbytes > limits.memory_budget:
+        raise UsageError(
+            f"a memory budget of {memory_budget} cannot be kept",
+            hint=f"{limits.threads} threads need {limits.buffers_nbytes} bytes or more",
+        )
+    return limits
 
 
 def _version(wanted: bool) -> None:
@@ -249,10 +287,9 @@ def import_(
     from bridge.conversion import ConversionOptions
     from bridge.convert import import_checkpoint
     from bridge.hub import resolve_model
-    from bridge.transfer import TransferLimits
 
     options = ConversionOptions(
-        limits=TransferLimits(memory_budget=parse_size(memory_budget)),
+        limits=_limits(memory_budget),
         verify="none" if verify == "none" else "auto",
         overwrite=overwrite,
         carry=carry or (),
@@ -268,7 +305,9 @@ def import_(
         options=options,
     )
     print_report(report.to_dict(), json_=json_)
-    _verify_fully(verify, hf, megatron_path, trust_remote_code=trust_remote_code, json_=json_)
+    _verify_fully(
+        verify, hf, megatron_path, trust_remote_code=trust_remote_code, carry=carry, json_=json_
+    )
 
 
 @app.command("export")
@@ -301,10 +340,9 @@ def export(
     from bridge.conversion import ConversionOptions
     from bridge.convert import export_checkpoint
     from bridge.hub import resolve_model
-    from bridge.transfer import TransferLimits
 
     options = ConversionOptions(
-        limits=TransferLimits(memory_budget=parse_size(memory_budget)),
+        limits=_limits(memory_budget),
         verify="none" if verify == "none" else "auto",
         overwrite=overwrite,
         carry=carry or (),
@@ -321,7 +359,14 @@ def export(
         options=options,
     )
     print_report(report.to_dict(), json_=json_)
-    _verify_fully(verify, hf_path, megatron_path, trust_remote_code=trust_remote_code, json_=json_)
+    _verify_fully(
+        verify,
+        hf_path,
+        megatron_path,
+        trust_remote_code=trust_remote_code,
+        carry=carry,
+        json_=json_,
+    )
 
 
 @app.command()
@@ -336,7 +381,6 @@ def synthesize(
 ) -> None:
     """Write a checkpoint of any configuration with pseudo-random weights, for trials and tests."""
     from bridge.storage.synthetic import synthesize as write
-    from bridge.transfer import TransferLimits
 
     started = time.perf_counter()
     progress = RichProgress()
@@ -350,7 +394,7 @@ def synthesize(
             hf_path,
             seed=seed,
             max_shard_size=parse_size(max_shard_size),
-            limits=TransferLimits(memory_budget=parse_size(memory_budget)),
+            limits=_limits(memory_budget),
             advance=advance,
             overwrite=overwrite,
         )

@@ -20,19 +20,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from bridge.errors import BridgeError
+from bridge.errors import UsageError
 
 _UNITS: Final = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
 }  # fmt: skip
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
-
-
-class UsageError(BridgeError):
-    """A command line that makes no sense."""
-
-    code = "BR001"
 
 
 def parse_size(text: str) -> int:
@@ -63,7 +57,7 @@ def stdout(*, stderr: bool = False) -> Console:
 
     With `stderr` they go there instead, for a command whose stdout is one JSON document.
     """
-    console = Console(highlight=False, soft_wrap=True, stderr=stderr)
+    console = Console(highlight=False, markup=False, soft_wrap=True, stderr=stderr)
     if not console.is_terminal:
         console.width = 200
     return console

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from bridge.errors import VerificationError
 from bridge.plan import Plan
 from bridge.storage.safetensors import total_nbytes
@@ -133,6 +135,25 @@ class ConversionJob:
             )
         return {digest.name: digest.sha256 for digest in digests}
 
+    def verify_padding(self, megatron: TensorSource) -> None:
+        """See that the rows which pad the vocabulary are zero as they lie on the disk.
+
+        No HF tensor holds them, so comparing those does not look there; in Megatron they take part
+        in the softmax of a training step.
+
+        Raises:
+            VerificationError: BR305, naming the parameters.
+        """
+        if self.options.verify == "none":
+            return
+        wrong = nonzero_padding(self.plan, megatron)
+        if wrong:
+            raise VerificationError(
+                "the padding of the vocabulary is not zero after reading it back",
+                where=wrong,
+                hint="suspect the disk or the memory: the target was not created",
+            )
+
     def report(
         self,
         tensors: Mapping[str, TensorInfo],
@@ -161,6 +182,20 @@ class ConversionJob:
             tensor_sha256=dict(digests),
             notes=tuple(notes),
         )
+
+
+def nonzero_padding(plan: Plan, megatron: TensorSource) -> list[str]:
+    """Every stretch of vocabulary padding that holds something other than zeros."""
+    wrong = []
+    for name, tiling in plan.hf_to_mcore.items():
+        for tile in tiling.tiles:
+            if tile.source is None:
+                words = np.empty(tile.target_box.shape, megatron.tensors[name].dtype.word)
+                megatron.read_into(name, tile.target_box, words)
+                rows = np.flatnonzero(words.any(axis=1)) + tile.target_box.starts[0]
+                if rows.size:
+                    wrong.append(f"{name}: {rows.size} padding rows, {rows[0]} the first")
+    return wrong
 
 
 def difference(plan: Plan, digest: Digest) -> str:

@@ -21,7 +21,7 @@ from bridge.hf_config import hf_config_from_spec, load_hf_config, spec_from_hf_c
 from bridge.megatron_args import checkpoint_args, megatron_lm_flags, spec_from_checkpoint_args
 from bridge.parameters import EMBEDDING_ROW
 from bridge.pipeline import plan_layout
-from bridge.plan import Plan, account_for
+from bridge.plan import Plan, account_for, fold_layers
 from bridge.record import (
     RECORD_NAME,
     SIDE_DIRECTORY,
@@ -30,7 +30,7 @@ from bridge.record import (
     sha256_of,
 )
 from bridge.spec import ModelSpec
-from bridge.storage.megatron import MegatronSource, layout_megatron
+from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
 from bridge.storage.safetensors import (
     INDEX_NAME,
     SafetensorsSource,
@@ -38,9 +38,16 @@ from bridge.storage.safetensors import (
     layout_shards,
 )
 from bridge.storage.source import FileLayout, TensorInfo
-from bridge.storage.target import new_directory, read_small_file, side_files, write_small_file
+from bridge.storage.target import (
+    new_directory,
+    read_small_file,
+    refuse_overlap,
+    side_files,
+    write_small_file,
+)
 
 DEFAULT_MAX_SHARD_SIZE: Final = 5_000_000_000
+_IMPORTED_ITERATION: Final = 0
 
 
 def import_checkpoint(
@@ -72,6 +79,7 @@ def import_checkpoint(
         VerificationError: BR305, what was written, read back, differs; the target is not created.
     """
     options = options or ConversionOptions()
+    refuse_overlap(megatron, [hf])
     spec = read_spec(hf, carry=options.carry)
     layout = plan_layout(
         spec,
@@ -80,16 +88,24 @@ def import_checkpoint(
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
     plan = Plan(spec, checkpoint_args(spec, layout)["padded_vocab_size"])
-    with SafetensorsSource(hf) as source:
-        account_for(plan.hf_shapes, source.tensors, where=str(hf))
+    with SafetensorsSource(hf, strict_index=False) as source:
+        account_for(plan.hf_shapes, source.tensors, where=str(hf), also=source.index_problems)
         dtypes = plan.target_dtypes(plan.hf_to_mcore, source.tensors, where=str(hf))
+        check_stackable(plan.parameters, dtypes, spec, where=str(hf))
         stored = replace(spec, params_dtype=_main_dtype(source.tensors))
         files = layout_megatron(
-            plan.parameters, dtypes, layout, spec=spec, args=checkpoint_args(stored, layout)
+            plan.parameters,
+            dtypes,
+            layout,
+            spec=spec,
+            args=checkpoint_args(stored, layout),
+            iteration=_IMPORTED_ITERATION,
         )
         record = SourceRecord(
             bridge_version=__version__,
             plan_sha256=plan.digest(),
+            iteration=_IMPORTED_ITERATION,
+            carried_fields=tuple(options.carry),
             headers={name: header.raw for name, header in source.headers.items()},
             index=read_small_file(hf / INDEX_NAME) if (hf / INDEX_NAME).is_file() else None,
         )
@@ -98,12 +114,16 @@ def import_checkpoint(
             job.write(files.files, directory, source, plan.hf_to_mcore)
             for name, data in files.small_files.items():
                 write_small_file(directory, name, data)
-            side = _carry(hf, side_files(hf), directory / SIDE_DIRECTORY)
+            names, left = side_files(hf)
+            side = _carry(hf, names, directory / SIDE_DIRECTORY)
             with MegatronSource(directory) as written:
                 digests = job.verify(source, written)
+                job.verify_padding(written)
             record = replace(record, tensor_sha256=digests, side_file_sha256=side)
             write_small_file(directory, RECORD_NAME, record.to_json())
-        return job.report(source.tensors, plan.hf_to_mcore, digests, _import_notes(stored))
+        left = [name for name in left if name not in source.headers and name != INDEX_NAME]
+        notes = _import_notes(stored) + [f"not carried: {name}" for name in left]
+        return job.report(source.tensors, plan.hf_to_mcore, digests, notes)
 
 
 def export_checkpoint(
@@ -134,8 +154,11 @@ def export_checkpoint(
         VerificationError: BR305, what was written, read back, differs; the target is not created.
     """
     options = options or ConversionOptions()
+    refuse_overlap(hf, [megatron, *([] if hf_model is None else [hf_model])])
     with MegatronSource(megatron) as source:
-        spec, side_directory, notes = _export_spec(source, hf_model, options.carry)
+        record = read_record(source.root) if hf_model is None else None
+        carry = {*options.carry, *(record.carried_fields if record is not None else ())}
+        spec, side_source, notes = _export_spec(source, hf_model, carry)
         padded = source.tensors.get(EMBEDDING_ROW.name)
         plan = Plan(spec, padded.shape[0] if padded is not None else spec.vocab_size)
         account_for(plan.mcore_shapes, source.tensors, where=str(megatron))
@@ -144,24 +167,24 @@ def export_checkpoint(
             name: TensorInfo(shape=shape, dtype=dtypes[name])
             for name, shape in plan.hf_shapes.items()
         }
-        record = read_record(source.root) if hf_model is None else None
         layouts, index = _hf_layouts(tensors, record, max_shard_size, where=str(source.root))
         job = ConversionJob("mcore_to_hf", megatron, hf, plan, options)
         with new_directory(hf, overwrite=options.overwrite) as directory:
             job.write(layouts, directory, source, plan.mcore_to_hf)
             if index is not None:
                 write_small_file(directory, INDEX_NAME, index)
-            if side_directory is not None:
-                carried = _carry(side_directory, side_files(side_directory), directory)
-                _check_side_files(record, carried, side_directory)
-            else:
+            if side_source is None:
                 config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
                 write_small_file(directory, "config.json", config)
+            elif side_source.is_dir():
+                carried = _carry(side_source, side_files(side_source)[0], directory)
+                _check_side_files(record, carried, side_source)
+            else:
+                write_small_file(directory, "config.json", read_small_file(side_source))
             with SafetensorsSource(directory) as written:
                 digests = job.verify(written, source)
-        if record is not None and digests and record.tensor_sha256:
-            same = sum(record.tensor_sha256.get(name) == digest for name, digest in digests.items())
-            notes.append(f"{same} of {len(digests)} tensors are those of the imported checkpoint")
+            if record is not None and record.iteration == source.iteration:
+                notes += _check_unchanged(record, digests)
         return job.report(source.tensors, plan.mcore_to_hf, digests, notes)
 
 
@@ -191,12 +214,25 @@ def _carry(source: Path, names: Iterable[str], target: Path) -> dict[str, str]:
     """Copy side files byte for byte; their sha256 by name."""
     found = {}
     for name in names:
-        if name in (RECORD_NAME, INDEX_NAME):
-            continue
         data = read_small_file(source / name)
         write_small_file(target, name, data)
         found[name] = sha256_of(data)
     return found
+
+
+def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[str]:
+    """Hold what was exported against what was imported, tensor by tensor, by its hash."""
+    if not digests or not record.tensor_sha256:
+        return []
+    changed = [name for name, digest in digests.items() if record.tensor_sha256.get(name) != digest]
+    if changed:
+        raise VerificationError(
+            f"{len(changed)} of {len(digests)} tensors are not those that were imported",
+            where=fold_layers(changed),
+            hint="the checkpoint was damaged or changed since its import; to export it as it is, "
+            "pass --hf-model",
+        )
+    return [f"all {len(digests)} tensors have the hashes of the imported checkpoint"]
 
 
 def _check_side_files(
@@ -220,7 +256,7 @@ def _check_side_files(
 def _export_spec(
     source: MegatronSource, hf_model: Path | None, carry: Collection[str]
 ) -> tuple[ModelSpec, Path | None, list[str]]:
-    """The model to export, the directory of its side files, and what to tell the user."""
+    """The model to export, where its side files (or bare config) are, and what to tell."""
     notes = [f"ignored: {what}" for what in source.ignored]
     kept = source.root / SIDE_DIRECTORY
     directory = hf_model if hf_model is not None else kept if kept.is_dir() else None
@@ -238,7 +274,7 @@ def _export_spec(
         return spec_from_checkpoint_args(source.args, where=source.args_where), None, notes
     spec = read_spec(directory, carry=carry)
     check_agreement(source, spec, where=str(directory))
-    return spec, directory if directory.is_dir() else directory.parent, notes
+    return spec, directory, notes
 
 
 def _hf_layouts(

@@ -35,6 +35,7 @@ def describe(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
     Returns:
         Plain data. Sizes in bytes are of the weights alone, in `spec.params_dtype`.
     """
+    stages = [_stage(spec, layout, stage) for stage in layout.stages()]
     return {
         "architecture": "heterogeneous" if spec.heterogeneous_block_specs else "homogeneous",
         "num_layers": spec.num_layers,
@@ -56,7 +57,16 @@ def describe(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
         "block_kinds": _kinds(spec),
         "layout": layout.name,
         "padded_vocab_size": _padded(spec, layout),
-        "stages": [_stage(spec, layout, stage) for stage in layout.stages()],
+        "stages": stages,
+        "pp_ranks": [
+            {
+                "pp_rank": pp_rank,
+                "parameters_per_rank": sum(one["parameters_per_rank"] for one in held),
+                "nbytes_per_rank": sum(one["nbytes_per_rank"] for one in held),
+            }
+            for pp_rank in range(layout.pipeline_model_parallel_size)
+            for held in [[one for one in stages if one["pp_rank"] == pp_rank]]
+        ],
     }
 
 

@@ -25,6 +25,11 @@ class Dtype:
     safetensors: str
     itemsize: int
 
+    @property
+    def is_floating(self) -> bool:
+        """Whether parameters can be held and trained in it; float8 and integers cannot."""
+        return self.name in {"float64", "float32", "float16", "bfloat16"}
+
     def __str__(self) -> str:
         """Torch's name."""
         return self.name

@@ -63,6 +63,12 @@ def _rebuild(
     return kind(message, where=where, hint=hint)
 
 
+class UsageError(BridgeError):
+    """A request that makes no sense, or that would cost the user data."""
+
+    code = "BR001"
+
+
 class ConfigError(BridgeError):
     """A configuration that cannot be read, or cannot be honoured."""
 

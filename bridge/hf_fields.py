@@ -90,7 +90,7 @@ class Findings:
     def raise_if_any(self, where: str) -> None:
         """Raise one error that lists every offender; the class is that of the gravest kind."""
         groups = (
-            (UnsupportedFieldError, "Megatron-Core cannot express", self.unsupported),
+            (UnsupportedFieldError, "not supported", self.unsupported),
             (InconsistentConfigError, "missing or contradictory", self.inconsistent),
             (UnmappedFieldError, "not known to the bridge", self.unmapped),
         )
@@ -99,10 +99,10 @@ class Findings:
             return
         places = [f"{where}: {entry} ({what})" for _, what, found in kinds for entry in found]
         hint = None
-        if self.unmapped:
+        if any("." not in name for name in self.unmapped):
             hint = (
-                "a field that does not change the computation can be let through by name with "
-                "--carry-field; the others describe another model"
+                "a top-level field that does not change the computation can be let through by name "
+                "with --carry-field; the others describe another model"
             )
         count = len(places)
         raise kinds[0][0](
@@ -123,6 +123,8 @@ def check_fates(config: Mapping[str, Any], carry: Collection[str], findings: Fin
             odd = sorted({str(kind) for kind in kinds} - {"full_attention"})
             if odd:
                 findings.unsupported.append(f"layer_types holds {', '.join(odd)}")
+            elif kinds and len(kinds) != config.get("num_hidden_layers"):
+                findings.inconsistent.append(f"layer_types has {len(kinds)} entries")
         elif name not in MAPPED and name not in CARRIED and name not in carry:
             findings.unmapped.append(name)
 

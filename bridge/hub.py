@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from bridge.errors import CheckpointError, EnvironmentMissingError
+from bridge.errors import CheckpointError, EnvironmentMissingError, UsageError
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS: Final = ("*.safetensors", "*.safetensors.index.json")
@@ -35,6 +35,10 @@ def resolve_model(model: str, *, weights: bool, revision: str | None = None) -> 
     """
     path = Path(model)
     if path.exists():
+        if revision is not None:
+            raise UsageError(
+                "--revision is for models on the Hub, and this one is here", where=model
+            )
         return path
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
@@ -58,8 +62,8 @@ def resolve_model(model: str, *, weights: bool, revision: str | None = None) -> 
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"the Hub does not give this model: {reason}",
+            f"neither a path here nor a model that the Hub gives: {reason}",
             where=model,
-            hint="check the id and the network, log in with `hf auth login` if it is gated, or "
-            "download it elsewhere and give the directory",
+            hint="check the path, or the id and the network; log in with `hf auth login` if it is "
+            "gated, or download it elsewhere and give the directory",
         ) from None

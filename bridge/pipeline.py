@@ -186,8 +186,7 @@ def _choose_stages(spec: ModelSpec, *, pp: int, vpp: int) -> tuple[int, ...]:
         raise PipelineParallelError(
             f"{num_stages} pipeline stages for {spec.num_layers} layers",
             hint=f"use pipeline_model_parallel_size {fits} or less"
-            + (f" at virtual_pipeline_model_parallel_size {vpp}" if vpp > 1 else "")
-            + ", or pass num_layers_per_stage to leave stages without layers on purpose",
+            + (f" at virtual_pipeline_model_parallel_size {vpp}" if vpp > 1 else ""),
         )
     if not spec.heterogeneous_block_specs and spec.num_layers % num_stages == 0:
         return (spec.num_layers // num_stages,) * num_stages

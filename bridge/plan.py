@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from bridge.dtypes import Dtype
-from bridge.errors import AccountingError
+from bridge.errors import AccountingError, DtypeMismatchError
 from bridge.parameters import Parameter, hf_tensors, hf_tilings, parameters
 from bridge.spec import ModelSpec
 from bridge.storage.source import TensorInfo
@@ -71,19 +71,31 @@ class Plan:
         """The dtype of each target: that of its sources, which must agree.
 
         Raises:
-            AccountingError: BR301, one target is made of several dtypes.
+            DtypeMismatchError: BR303, tensors that hold no floating-point numbers, or one target
+                made of several dtypes; all of them.
         """
+        odd = [
+            f"{name} is {info.dtype.name}"
+            for name, info in source.items()
+            if not info.dtype.is_floating
+        ]
+        if odd:
+            raise DtypeMismatchError(
+                f"{len(odd)} tensors in {where} hold no floating-point parameters",
+                where=odd,
+                hint="quantised checkpoints are not converted: start from the original weights",
+            )
         found: dict[str, Dtype] = {}
         mixed = []
         for name, tiling in tilings.items():
             kinds = {tile.source: source[tile.source].dtype for tile in tiling.tiles if tile.source}
             if len(set(kinds.values())) > 1:
                 listed = ", ".join(f"{key} {dtype.name}" for key, dtype in kinds.items())
-                mixed.append(f"{where}: {name} would mix {listed}")
+                mixed.append(f"{name} would mix {listed}")
             found[name] = next(iter(kinds.values()))
         if mixed:
-            raise AccountingError(
-                f"{len(mixed)} fused parameters would mix dtypes",
+            raise DtypeMismatchError(
+                f"{len(mixed)} parameters made from {where} would mix dtypes",
                 where=mixed,
                 hint="store the sources of one parameter in one dtype; nothing is rounded silently",
             )
@@ -91,9 +103,19 @@ class Plan:
 
 
 def account_for(
-    expected: Mapping[str, Shape], found: Mapping[str, TensorInfo], *, where: str
+    expected: Mapping[str, Shape],
+    found: Mapping[str, TensorInfo],
+    *,
+    where: str,
+    also: Sequence[str] = (),
 ) -> None:
     """Hold the tensors that are there against those the model has; all differences at once.
+
+    Args:
+        expected: The model's tensors.
+        found: The source's.
+        where: The source.
+        also: Problems the source itself has noticed, to be reported with the others.
 
     Raises:
         AccountingError: BR301, missing, unexpected or mis-shaped tensors, each named.
@@ -105,12 +127,13 @@ def account_for(
         for name, shape in expected.items()
         if name in found and found[name].shape != shape
     }
-    if not (missing or unexpected or misshaped):
+    if not (missing or unexpected or misshaped or also):
         return
     places = [
         *(f"missing: {name}" for name in fold_layers(missing)),
         *(f"unexpected: {name}" for name in fold_layers(unexpected)),
         *(f"mis-shaped: {name}" for name in _fold_labelled(misshaped)),
+        *also,
     ]
     counts = ", ".join(
         f"{len(group)} {what}"
@@ -118,6 +141,7 @@ def account_for(
             (missing, "missing"),
             (unexpected, "unexpected"),
             (misshaped, "mis-shaped"),
+            (also, "not as the index says"),
         )
         if group
     )

@@ -34,6 +34,10 @@ class SourceRecord:
 
     bridge_version: str
     plan_sha256: str
+    iteration: int
+    """The iteration that was imported; later ones, from training, are other weights."""
+    carried_fields: tuple[str, ...] = ()
+    """Unknown configuration fields that the user let through."""
     headers: Mapping[str, bytes]
     """Shard file to its raw header."""
     index: bytes | None
@@ -47,6 +51,8 @@ class SourceRecord:
             "format_version": FORMAT_VERSION,
             "bridge_version": self.bridge_version,
             "plan_sha256": self.plan_sha256,
+            "iteration": self.iteration,
+            "carried_fields": list(self.carried_fields),
             "shards": {file: base64.b64encode(raw).decode() for file, raw in self.headers.items()},
             "index": None if self.index is None else base64.b64encode(self.index).decode(),
             "tensor_sha256": dict(self.tensor_sha256),
@@ -107,6 +113,8 @@ def _parse(found: Mapping[str, Any]) -> SourceRecord:
     return SourceRecord(
         bridge_version=str(found["bridge_version"]),
         plan_sha256=str(found["plan_sha256"]),
+        iteration=int(found["iteration"]),
+        carried_fields=tuple(map(str, found["carried_fields"])),
         headers={
             str(file): base64.b64decode(raw, validate=True) for file, raw in found["shards"].items()
         },

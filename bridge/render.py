@@ -53,6 +53,16 @@ def print_description(model: str, found: dict[str, Any], *, all_blocks: bool) ->
             gib(stage["nbytes_per_rank"]),
         )  # fmt: skip
     console.print(stages)
+    if len(found["stages"]) > len(found["pp_ranks"]):
+        console.print()
+        ranks = table("pp rank", *sizes[1:], right=("pp rank", *sizes[1:]))
+        for rank in found["pp_ranks"]:
+            ranks.add_row(
+                str(rank["pp_rank"]),
+                f"{rank['parameters_per_rank']:,}",
+                gib(rank["nbytes_per_rank"]),
+            )
+        console.print(ranks)
 
 
 def print_report(report: dict[str, Any], *, json_: bool) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from bridge.dtypes import Words
 from bridge.errors import CheckpointError, PlanError
 from bridge.storage.source import FileLayout, Payload, TensorInfo, TensorSource
-from bridge.tiling import Box, Tile, Tiling, bands
+from bridge.tiling import Box, Tiling, bands
 
 _Result = TypeVar("_Result")
 
@@ -49,6 +49,11 @@ class TransferLimits:
     def band_nbytes(self) -> int:
         """Bytes of one buffer. Each thread holds at most four: two compared, two of scratch."""
         return max(_MIN_BAND, min(_MAX_BAND, self.memory_budget // (4 * self.threads)))
+
+    @property
+    def buffers_nbytes(self) -> int:
+        """Bytes of all buffers together; more than the budget where that is tiny."""
+        return 4 * self.threads * self.band_nbytes
 
 
 def write_files(
@@ -238,32 +243,6 @@ def _compare_one(
     return Digest(
         name=name, sha256=digest.hexdigest(), first_difference=first, num_different=different
     )
-
-
-def hash_tensors(
-    source: TensorSource, *, limits: TransferLimits, advance: Advance
-) -> dict[str, str]:
-    """Sha256 of every tensor of a source, row-major and little-endian, by name."""
-    boxes = {name: Box.whole(info.shape) for name, info in source.tensors.items()}
-    whole = {name: Tiling(box.shape, (Tile(name, box, box),)) for name, box in boxes.items()}
-    with ThreadPoolExecutor(limits.threads) as pool:
-        digests = _all_or_first_error(
-            pool.submit(_hash_one, source, name, tiling, limits.band_nbytes, advance)
-            for name, tiling in whole.items()
-        )
-    return dict(zip(whole, digests, strict=True))
-
-
-def _hash_one(
-    source: TensorSource, name: str, tiling: Tiling, band_nbytes: int, advance: Advance
-) -> str:
-    digest = hashlib.sha256()
-    word = source.tensors[name].dtype.word
-    box = Box.whole(tiling.shape)
-    for words in read_bands(source, tiling, box, word=word, band_nbytes=band_nbytes):
-        digest.update(words.reshape(-1).view("u1").data)
-        advance(words.nbytes)
-    return digest.hexdigest()
 
 
 def _all_or_first_error(futures: Iterable[Future[_Result]]) -> list[_Result]:

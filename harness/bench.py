@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, Self, TypeVar
 
 import numpy as np
 
+from bridge.conversion import ConversionOptions
 from bridge.convert import export_checkpoint, import_checkpoint, read_spec
 from bridge.hf_config import load_hf_config
 from bridge.spec import ModelSpec, ParallelLayout
@@ -47,12 +48,14 @@ class Subject:
         hf: Its Hugging Face checkpoint; None for a toy, which is written when it is needed.
         megatron: A Megatron checkpoint to be held against it, where the user has one.
         trust_remote_code: Run the checkpoint's own code as the reference.
+        carry: Unknown fields of its configuration that the user lets through.
     """
 
     name: str
     hf: Path | None = None
     megatron: Path | None = None
     trust_remote_code: bool = False
+    carry: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +149,7 @@ class Bench:
 
         def read() -> ModelSpec:
             with self.fault.changed_code():
-                found = read_spec(path)
+                found = read_spec(path, carry=self.subject(case.model).carry)
             return found if self.fault.spec is None else self.fault.spec(found)
 
         return self._once("spec", path, make=read)
@@ -166,34 +169,35 @@ class Bench:
         """
         hf = self.checkpoint(case)
         return self._once(
-            "converted", hf, layout, make=lambda: self._import(hf, self.layout(case, layout))
+            "converted", hf, layout, make=lambda: self._import(case, hf, self.layout(case, layout))
         )
 
-    def _import(self, hf: Path, layout: ParallelLayout) -> Path:
-        target = self._fresh(f"{hf.parent.name}-{layout.name}-megatron")
+    def _options(self, case: Case) -> ConversionOptions:
+        return ConversionOptions(carry=self.subject(case.model).carry)
+
+    def _import(self, case: Case, hf: Path, layout: ParallelLayout) -> Path:
+        target = self.fresh(f"{hf.parent.name}-{layout.name}-megatron")
         with self.fault.changed_code():
             import_checkpoint(
                 hf,
                 target,
                 tensor_model_parallel_size=layout.tensor_model_parallel_size,
                 pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+                options=self._options(case),
             )
         if self.fault.checkpoint is not None:
             self.fault.checkpoint(target)
         return target
 
-    def exported(self, megatron: Path, *, hf_model: Path | None = None) -> Path:
-        """A Megatron checkpoint as Hugging Face's, written anew on every call."""
-        target = self._fresh(f"{megatron.name}-hf")
+    def exported(self, case: Case, megatron: Path, *, hf_model: Path | None = None) -> Path:
+        """A Megatron checkpoint of the case's model as Hugging Face's, anew on every call."""
+        target = self.fresh(f"{megatron.name}-hf")
         with self.fault.changed_code():
-            export_checkpoint(megatron, target, hf_model=hf_model)
+            export_checkpoint(megatron, target, hf_model=hf_model, options=self._options(case))
         return target
 
     def fresh(self, name: str) -> Path:
         """A path in the working directory that does not exist yet."""
-        return self._fresh(name)
-
-    def _fresh(self, name: str) -> Path:
         number = sum(1 for _ in self.workdir.iterdir())
         return self.workdir / f"{number:04d}-{name}"
 
@@ -202,7 +206,7 @@ class Bench:
         hf = self.checkpoint(case)
 
         def write() -> Path:
-            directory = self._fresh(f"{hf.parent.name}-coded")
+            directory = self.fresh(f"{hf.parent.name}-coded")
             coded.write_checkpoint(coded.codes_of(hf), directory, config=self.config(case))
             return directory
 
@@ -212,7 +216,7 @@ class Bench:
         """The same as a `torch_dist` that the bridge has written."""
         hf = self.coded_checkpoint(case)
         layout = self.layout(case, BASE_LAYOUT)
-        return self._once("coded megatron", hf, make=lambda: self._import(hf, layout))
+        return self._once("coded megatron", hf, make=lambda: self._import(case, hf, layout))
 
     # Numbers
 
@@ -233,8 +237,13 @@ class Bench:
 
     def _reference(self, case: Case, path: Path) -> Reference:
         logger.info("reference logits of %s in %s", case.model, case.dtype)
-        trust = self.subject(case.model).trust_remote_code
-        model = load_hf_model(path, dtype=case.dtype, trust_remote_code=trust)
+        subject = self.subject(case.model)
+        model = load_hf_model(
+            path,
+            dtype=case.dtype,
+            trust_remote_code=subject.trust_remote_code,
+            carry=subject.carry,
+        )
         if self.fault.reference is not None:
             self.fault.reference(model)
         logits = {}

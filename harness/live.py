@@ -5,7 +5,6 @@ Every function here takes a `RankContext` and plain data, and returns plain data
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -222,6 +221,3 @@ def _barrier() -> None:
 def summed(results: list[tuple[list[str], int]]) -> tuple[list[str], int]:
     """Problems and counts of all ranks together."""
     return [one for problems, _ in results for one in problems], sum(n for _, n in results)
-
-
-Weights = Mapping[str, Array]

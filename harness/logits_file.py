@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from bridge.agreement import check_agreement
 from bridge.convert import read_spec
-from bridge.errors import CheckpointError, ConfigError
+from bridge.errors import (
+    CheckpointError,
+    ConfigError,
+    EnvironmentMissingError,
+    InconsistentConfigError,
+)
 from bridge.megatron_args import spec_from_checkpoint_args
 from bridge.pipeline import plan_layout
-from bridge.record import SIDE_DIRECTORY
+from bridge.record import SIDE_DIRECTORY, read_record
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
 from harness import live
+from harness.inputs import account_for_hf, account_for_megatron
 from harness.launcher import RankPool
 from harness.live import ModelRequest
 from harness.reference import Array, hf_logits, load_hf_model
@@ -62,6 +71,47 @@ def read_input(path: Path) -> Tokens:
     return Tokens(ids.astype(np.int64), positions.astype(np.int64))
 
 
+def check_tokens(tokens: Tokens, spec: ModelSpec, *, where: str) -> None:
+    """Refuse ids and positions that the model does not have.
+
+    transformers fails on such an id with an IndexError, or on a GPU with a broken context, and
+    Megatron's sharded embedding gives it a zero vector.
+
+    Raises:
+        InconsistentConfigError: BR104, with every range that is left.
+    """
+    ranges = (
+        ("input_ids", tokens.input_ids, spec.vocab_size),
+        ("position_ids", tokens.position_ids, spec.max_position_embeddings),
+    )
+    wrong = [
+        f"{where}: {name} must lie in [0, {stop}), and reach from {values.min()} to {values.max()}"
+        for name, values, stop in ranges
+        if values.min() < 0 or values.max() >= stop
+    ]
+    if wrong:
+        raise InconsistentConfigError("the model cannot run on this input", where=wrong)
+
+
+def check_output(path: Path) -> None:
+    """Refuse a file that could not be written, before hours are spent on what it is to hold.
+
+    Raises:
+        CheckpointError: BR300, no such directory, a directory itself, or no permission.
+    """
+    if path.is_dir():
+        problem = "is a directory"
+    elif not path.parent.is_dir():
+        problem = "is in no such directory"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "is not writable"
+    else:
+        return
+    raise CheckpointError(
+        f"the output {problem}", where=str(path), hint="name a file in a directory that is there"
+    )
+
+
 def write_output(path: Path, found: Array) -> None:
     """Write `logits`, (batch, seq, vocab_size), float32."""
     from safetensors.numpy import save_file
@@ -70,10 +120,29 @@ def write_output(path: Path, found: Array) -> None:
 
 
 def compute_hf(
-    hf: Path, tokens: Tokens, *, dtype: str, device: str, trust_remote_code: bool
+    hf: Path,
+    tokens: Tokens,
+    *,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool = False,
+    carry: Collection[str] = (),
 ) -> Array:
-    """Logits of the Hugging Face model."""
-    model = load_hf_model(hf, dtype=dtype, trust_remote_code=trust_remote_code)
+    """Logits of the Hugging Face model.
+
+    Raises:
+        BridgeError: BR104, tokens it does not have; BR500, no such device; or what is wrong with
+            the checkpoint.
+    """
+    check_tokens(tokens, account_for_hf(hf, carry=carry), where="--input")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise EnvironmentMissingError(
+                "there is no GPU that torch can use", where="--device cuda", hint="use --device cpu"
+            )
+    model = load_hf_model(hf, dtype=dtype, trust_remote_code=trust_remote_code, carry=carry)
     return hf_logits(model.to(device), tokens.input_ids, tokens.position_ids)
 
 
@@ -88,9 +157,17 @@ def compute_megatron(
     dtype: str,
     device: Literal["cpu", "cuda"],
     timeout: float,
+    carry: Collection[str] = (),
 ) -> Array:
-    """Logits of a Megatron checkpoint, by Megatron-Core over the layout's ranks."""
-    spec = megatron_spec(megatron, hf_model=hf_model)
+    """Logits of a Megatron checkpoint, by Megatron-Core over the layout's ranks.
+
+    Raises:
+        BridgeError: BR104, tokens it does not have; BR2xx, a layout it cannot be cut into; HN2xx,
+            ranks that could not run; or what is wrong with the checkpoint.
+    """
+    spec = megatron_spec(megatron, hf_model=hf_model, carry=carry)
+    check_tokens(tokens, spec, where="--input")
+    account_for_megatron(megatron, spec)
     layout = plan_layout(
         spec,
         tensor_model_parallel_size=tp,
@@ -112,18 +189,32 @@ def compute_megatron(
     return found[0]
 
 
-def megatron_spec(megatron: Path, *, hf_model: Path | None = None) -> ModelSpec:
+def megatron_spec(
+    megatron: Path, *, hf_model: Path | None = None, carry: Collection[str] = ()
+) -> ModelSpec:
     """The model of a Megatron checkpoint: by `hf_model`, the record of its import, or its args.
 
+    A configuration says more than args do, yet where both say something they must agree.
+
+    Args:
+        megatron: The checkpoint.
+        hf_model: Directory or `config.json` of the original model.
+        carry: Unknown fields of the configuration to let through, besides those that the import
+            let through.
+
     Raises:
-        ConfigError: BR100, none of them is there.
+        ConfigError: BR100, none of them is there; BR103 or BR104, the args are of another model.
     """
-    if hf_model is not None:
-        return read_spec(hf_model)
     with MegatronSource(megatron) as source:
         kept = source.root / SIDE_DIRECTORY
-        if kept.is_dir():
-            return read_spec(kept)
+        if hf_model is None and kept.is_dir():
+            record = read_record(source.root)
+            carry = {*carry, *(record.carried_fields if record is not None else ())}
+        found = hf_model if hf_model is not None else kept if kept.is_dir() else None
+        if found is not None:
+            spec = read_spec(found, carry=carry)
+            check_agreement(source, spec, where=str(found))
+            return spec
         if source.args is None:
             raise ConfigError(
                 "the checkpoint says nothing of its model: common.pt holds no args",

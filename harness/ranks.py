@@ -68,10 +68,6 @@ class RankContext:
         found: _Value = self._cache[key]
         return found
 
-    def forget(self) -> None:
-        """Drop everything cached."""
-        self._cache.clear()
-
 
 RankFunction = Callable[..., Any]
 """`function(context, *args)`, importable by name, with picklable arguments and result."""

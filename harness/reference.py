@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def load_hf_model(path: Path, *, dtype: str, trust_remote_code: bool = False) -> Any:  # noqa: ANN401 - transformers is not typed
+def load_hf_model(
+    path: Path, *, dtype: str, trust_remote_code: bool = False, carry: Collection[str] = ()
+) -> Any:  # noqa: ANN401 - transformers is not typed
     """The reference model of a checkpoint, without transformers' own progress bars."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -18,7 +21,12 @@ def load_hf_model(path: Path, *, dtype: str, trust_remote_code: bool = False) ->
     from bridge.decilm import load_reference
 
     transformers_logging.disable_progress_bar()
-    return load_reference(path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code)
+    return load_reference(
+        path,
+        dtype=getattr(torch, dtype),
+        trust_remote_code=trust_remote_code,
+        carry=carry,
+    )
 
 
 def hf_logits(model: Any, input_ids: Array, position_ids: Array) -> Array:  # noqa: ANN401 - transformers is not typed

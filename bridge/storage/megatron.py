@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from bridge.dtypes import Dtype, Words
+from bridge.errors import DtypeMismatchError
 from bridge.parameters import Parameter
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.storage.source import FileLayout, Payload, TensorInfo
@@ -59,7 +60,7 @@ class MegatronSource:
     """
 
     def __init__(self, path: Path) -> None:
-        self.directory, self.iteration = open_checkpoint(path)
+        self.directory, self.iteration = open_checkpoint(path.absolute())
         self.root = self.directory.parent
         # Optimizer state is far bigger than the model; nothing of it is even looked at.
         self._reader = TorchDistReader(
@@ -116,6 +117,35 @@ def _unfold(name: str, shape: Shape) -> Iterator[tuple[str, int | None, Shape]]:
         return
     for layer_idx in range(shape[0] if shape else 0):
         yield f"decoder.layers.{layer_idx}.{match['rest']}", layer_idx, shape[1:]
+
+
+def check_stackable(
+    parameters: Mapping[str, Parameter],
+    dtypes: Mapping[str, Dtype],
+    spec: ModelSpec,
+    *,
+    where: str,
+) -> None:
+    """A homogeneous model stores equal layers as one tensor, which has one dtype.
+
+    Raises:
+        DtypeMismatchError: BR303, naming the layers that differ from the first.
+    """
+    if spec.heterogeneous_block_specs:
+        return
+    wrong = []
+    for name in parameters:
+        match = _PER_LAYER.fullmatch(name)
+        if match is not None:
+            first = dtypes[f"decoder.layers.0.{match['rest']}"]
+            if dtypes[name] != first:
+                wrong.append(f"{name} is {dtypes[name].name}, that of layer 0 {first.name}")
+    if wrong:
+        raise DtypeMismatchError(
+            f"layers of {where} differ in dtype, and Megatron stacks them into one tensor",
+            where=wrong,
+            hint="store a parameter in one dtype over all layers; nothing is rounded silently",
+        )
 
 
 def layout_megatron(

@@ -131,12 +131,17 @@ def _stored(
 class SafetensorsSource:
     """The tensors of a Hugging Face checkpoint directory.
 
+    Args:
+        directory: Where the weight files are.
+        strict_index: Refuse an index that contradicts the files. Without it the contradictions
+            are in `index_problems`, for whoever reports them with others.
+
     Raises:
         CheckpointError: BR300, there are no safetensors files, or the index names others.
         CorruptFileError: BR302, a header or the index contradicts the files.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, strict_index: bool = True) -> None:
         self.directory = directory
         self.headers = {name: read_header(directory, name) for name in _weight_files(directory)}
         self._stored: dict[str, StoredTensor] = {}
@@ -149,7 +154,14 @@ class SafetensorsSource:
                     )
                 self._stored[name] = stored
         self.tensors = {name: stored.info for name, stored in self._stored.items()}
-        _check_index(directory, {name: stored.file for name, stored in self._stored.items()})
+        self.index_problems = _index_problems(
+            directory, {name: stored.file for name, stored in self._stored.items()}
+        )
+        if strict_index and self.index_problems:
+            raise CorruptFileError(
+                f"the index is stale: {len(self.index_problems)} tensors are not where it says",
+                where=self.index_problems,
+            )
         self._files = FileRanges(directory)
 
     def read_into(self, name: str, box: Box, out: Words) -> None:
@@ -233,23 +245,21 @@ def _read_index(directory: Path) -> Mapping[str, object] | None:
     return weight_map
 
 
-def _check_index(directory: Path, where_found: Mapping[str, str]) -> None:
+def _index_problems(directory: Path, where_found: Mapping[str, str]) -> list[str]:
+    """Every tensor that is not where the index says, in words."""
     index = _read_index(directory)
     if index is None:
-        return
-    wrong = sorted(
-        name
-        for name in index.keys() | where_found.keys()
-        if index.get(name) != where_found.get(name)
-    )
-    if wrong:
-        raise CorruptFileError(
-            f"the index is stale: {len(wrong)} tensors are not where it says",
-            where=[
-                f"{name}: index says {index.get(name)}, found in {where_found.get(name)}"
-                for name in wrong[:20]
-            ],
-        )
+        return []
+    problems = []
+    for name in sorted(index.keys() | where_found.keys()):
+        said, found = index.get(name), where_found.get(name)
+        if said is None:
+            problems.append(f"index: {name} is in {found}, which the index does not say")
+        elif found is None:
+            problems.append(f"index: {name} should be in {said}, and is in no file")
+        elif said != found:
+            problems.append(f"index: {name} should be in {said}, and is in {found}")
+    return problems
 
 
 def layout_shards(

@@ -8,7 +8,7 @@ checkpoints of real dimensions.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, Self
+from typing import Self
 
 import numpy as np
 
@@ -22,8 +22,6 @@ from bridge.storage.source import TensorInfo
 from bridge.storage.target import new_directory, read_small_file, write_small_file
 from bridge.tiling import Box, Tiling
 from bridge.transfer import Advance, TransferLimits, write_files
-
-DEFAULT_SHARD_SIZE: Final = 5_000_000_000
 
 
 class SyntheticSource:

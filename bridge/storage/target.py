@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
-from bridge.errors import CheckpointError, TargetExistsError
+from bridge.errors import CheckpointError, TargetExistsError, UsageError
 
 _PARTIAL: Final = ".partial-"
 # Weights in any format; an export writes its own.
@@ -21,19 +21,42 @@ _WEIGHT_NAMES: Final = frozenset(
 )
 
 
+def refuse_overlap(target: Path, sources: Iterable[Path]) -> None:
+    """Refuse a target that holds a source, lies inside one, or is one.
+
+    Replacing it would delete what is being read, and a checkpoint inside another would be carried
+    along as a side file the next time.
+
+    Raises:
+        UsageError: BR001, naming both.
+    """
+    end = Path(os.path.realpath(target))
+    for source in sources:
+        start = Path(os.path.realpath(source))
+        if end == start or end in start.parents or start in end.parents:
+            raise UsageError(
+                "source and target must not be one inside the other",
+                where=[f"source {source}", f"target {target}"],
+                hint="choose a directory beside the source; nothing was touched",
+            )
+
+
 @contextmanager
 def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """Give a directory beside `target` to fill; rename it into place when the block succeeds.
 
-    A failure removes it. A kill leaves a hidden `.NAME.partial-PID` that no reader mistakes for a
-    checkpoint and that the next attempt sweeps away. An existing target is replaced only with
-    `overwrite`, and only once the new one is complete.
+    A link is followed: what it points to is created or replaced. A failure removes what was built.
+    A kill leaves a hidden `.NAME.partial-PID` that no reader mistakes for a checkpoint and that the
+    next attempt sweeps away. An existing target is replaced only with `overwrite`, and only once
+    the new one is complete.
 
     Raises:
         TargetExistsError: BR304, the target exists and is not an empty directory.
         CheckpointError: BR300, the system refuses.
     """
-    target = target.absolute()
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_dir():
+        raise TargetExistsError("the target is a file", where=str(target), hint="give a directory")
     if _occupied(target) and not overwrite:
         raise TargetExistsError(
             "the target already exists",
@@ -62,9 +85,7 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _occupied(target: Path) -> bool:
-    if not target.exists() and not target.is_symlink():
-        return False
-    return not (target.is_dir() and not any(target.iterdir()))
+    return target.is_dir() and any(target.iterdir())
 
 
 def _sweep(target: Path) -> None:
@@ -96,23 +117,30 @@ def _put_in_place(partial: Path, target: Path) -> None:
     except OSError:
         old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink()
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def side_files(directory: Path) -> list[str]:
-    """Everything in an HF checkpoint but weights and hidden files, relative, sorted.
+def side_files(directory: Path) -> tuple[list[str], list[str]]:
+    """What an HF checkpoint holds besides its weights, relative, sorted.
 
-    The configuration, tokenizer, generation settings, chat template, remote code, licence and
-    whatever else the publisher put there: an export gives it back byte for byte.
+    Returns:
+        The files to carry: configuration, tokenizer, generation settings, chat template, remote
+        code, licence and whatever else the publisher put there. And those that stay behind:
+        weights in other formats, hidden directories, linked directories.
     """
-    found = []
+    carried, left = [], []
     for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory)
-        hidden = any(part.startswith(".") for part in relative.parts[:-1])
+        name = path.relative_to(directory).as_posix()
+        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts[:-1])
+        if path.is_dir():
+            if path.is_symlink():
+                left.append(f"{name}/")
         # A download from the Hub is a directory of links to files, so links count as files.
-        if path.is_file() and not hidden and not _is_weight(path):
-            found.append(relative.as_posix())
-    return found
+        elif not path.is_file() or hidden or _is_weight(path):
+            left.append(name)
+        else:
+            carried.append(name)
+    return carried, left
 
 
 def _is_weight(path: Path) -> bool:

@@ -25,7 +25,7 @@ def run(case: Case, bench: Bench) -> Finding:
     theirs = bench.fresh(f"{case.model}-saved-by-megatron")
     bench.run(case, request.layout, live.save_by_megatron, request, theirs)
     try:
-        back = bench.exported(theirs, hf_model=hf)
+        back = bench.exported(case, theirs, hf_model=hf)
     except CheckpointError as error:
         problems += [f"export of Megatron-Core's own: {error.message}", *error.where]
         return exact(problems, compared=compared, what="elements")

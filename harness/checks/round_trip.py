@@ -27,7 +27,7 @@ def run(case: Case, bench: Bench) -> Finding:
     source = bench.checkpoint(case)
     megatron = bench.converted(case, layout=case.layout or BASE_LAYOUT)
     try:
-        back = bench.exported(megatron)
+        back = bench.exported(case, megatron)
     except CheckpointError as error:
         # The bridge noticed by itself that it cannot give the source back: that is a finding.
         return exact([f"export refused: {error.message}", *error.where], compared=0, what="files")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -72,13 +71,9 @@ def _case(result: Result) -> dict[str, Any]:
     return found
 
 
-def write_json(data: Mapping[str, Any], target: str) -> None:
-    """Write evidence to a file, or to stdout for `-`. NaN and infinity become strings."""
-    text = json.dumps(_strict(data), indent=2, allow_nan=False, default=str) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-    else:
-        Path(target).write_text(text, "utf-8")
+def to_json(data: Mapping[str, Any]) -> str:
+    """Evidence as one strict JSON document; NaN and infinity become strings."""
+    return json.dumps(_strict(data), indent=2, allow_nan=False, default=str) + "\n"
 
 
 def _strict(value: Any) -> Any:  # noqa: ANN401 - JSON in, JSON out

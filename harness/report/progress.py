@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Self
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from harness.report.text import progress_line
 from harness.runner import Result
@@ -16,7 +17,15 @@ class CaseProgress:
 
     def __init__(self, total: int) -> None:
         console = Console(stderr=True)
-        self._progress = Progress(console=console, disable=not console.is_terminal, transient=True)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),  # a name is no markup
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
         self._task = self._progress.add_task("cases", total=total)
 
     def __enter__(self) -> Self:
@@ -30,4 +39,4 @@ class CaseProgress:
         """Count one case."""
         self._progress.update(self._task, advance=1, description=result.case.id)
         if result.status != "passed":
-            self._progress.console.print(progress_line(result), markup=False, highlight=False)
+            self._progress.console.print(Text(progress_line(result)))

@@ -47,7 +47,8 @@ def _by_check(results: Sequence[Result]) -> Table:
         for check in checks:
             mine = [one for one in results if (one.case.model, one.case.check) == (model, check)]
             cells.append(_cell(mine))
-        found.add_row(model, *cells)
+        # A name is no markup and no emoji code, whatever it looks like.
+        found.add_row(Text(model), *cells)
     return found
 
 
@@ -76,7 +77,7 @@ def _by_layout(results: Sequence[Result]) -> Table | None:
         for layout in layouts:
             mine = [one for one in judged if (one.case.model, one.case.layout) == (model, layout)]
             cells.append(_worst(mine))
-        found.add_row(model, *cells)
+        found.add_row(Text(model), *cells)
     return found
 
 

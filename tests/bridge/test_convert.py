@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from bridge.errors import (
     CheckpointError,
     ConfigError,
     CorruptFileError,
+    DtypeMismatchError,
     InconsistentConfigError,
     TargetExistsError,
+    UsageError,
     VerificationError,
 )
 from bridge.record import RECORD_NAME, SIDE_DIRECTORY
@@ -338,3 +341,188 @@ def test_hostile_names_in_the_record_write_nothing_outside_the_target(
     with pytest.raises(CorruptFileError):
         export_checkpoint(tmp_path / "megatron", tmp_path / "back")
     assert not list(tmp_path.glob("evil*"))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda hf: hf,
+        lambda hf: hf.parent,
+        lambda hf: hf / "megatron",
+        lambda hf: hf / "config.json",
+        lambda hf: hf.parent / "link",
+    ],
+    ids=["itself", "its parent", "inside it", "a file of it", "a link to it"],
+)
+def test_a_target_that_would_cost_the_source_is_refused(
+    super_checkpoint: Path, tmp_path: Path, place: Callable[[Path], Path]
+) -> None:
+    """Even with --overwrite: source and target are never one inside the other."""
+    (tmp_path / "link").symlink_to(super_checkpoint)
+    before = files_of(super_checkpoint)
+    with pytest.raises(UsageError):
+        import_checkpoint(
+            super_checkpoint, place(super_checkpoint), options=ConversionOptions(overwrite=True)
+        )
+    assert before == files_of(super_checkpoint)
+
+
+@pytest.mark.parametrize("inner", [".", SIDE_DIRECTORY])
+def test_an_export_into_the_checkpoint_itself_is_refused(
+    super_checkpoint: Path, tmp_path: Path, inner: str
+) -> None:
+    """Nor does an export replace what it reads, or the configuration it takes."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    before = files_of(tmp_path / "megatron")
+    options = ConversionOptions(overwrite=True)
+    with pytest.raises(UsageError):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "megatron" / inner, options=options)
+    with pytest.raises(UsageError):
+        export_checkpoint(
+            tmp_path / "megatron", super_checkpoint, hf_model=super_checkpoint, options=options
+        )
+    assert before == files_of(tmp_path / "megatron")
+
+
+def test_a_file_is_no_target(super_checkpoint: Path, tmp_path: Path) -> None:
+    """A regular file is not turned into a directory."""
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(TargetExistsError):
+        import_checkpoint(
+            super_checkpoint, tmp_path / "note.txt", options=ConversionOptions(overwrite=True)
+        )
+    assert (tmp_path / "note.txt").read_text() == "mine"
+
+
+def test_overwriting_through_a_link_keeps_the_link(super_checkpoint: Path, tmp_path: Path) -> None:
+    """What the link points to is replaced; nothing is left behind."""
+    import_checkpoint(super_checkpoint, tmp_path / "real")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    import_checkpoint(
+        super_checkpoint, tmp_path / "link", options=ConversionOptions(overwrite=True)
+    )
+    assert (tmp_path / "link").is_symlink()
+    assert {"hf", "real", "link"} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_bare_configuration_becomes_config_json_and_brings_nothing_along(
+    super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """--hf-model FILE takes that file, not its neighbours."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    (tmp_path / "configs").mkdir()
+    shutil.copy(super_checkpoint / "config.json", tmp_path / "configs" / "my.json")
+    (tmp_path / "configs" / "other.txt").write_text("not part of it")
+    export_checkpoint(
+        tmp_path / "megatron", tmp_path / "back", hf_model=tmp_path / "configs" / "my.json"
+    )
+    assert {"config.json", "model.safetensors"} == {p.name for p in (tmp_path / "back").iterdir()}
+
+
+def test_an_iteration_directory_given_as_a_dot_finds_the_record(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative path inside the checkpoint is as good as the full one."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    monkeypatch.chdir(tmp_path / "megatron" / "iter_0000000")
+    export_checkpoint(Path(), tmp_path / "back")
+    assert files_of(super_checkpoint) == files_of(tmp_path / "back")
+
+
+def damage_payload(root: Path, tensor: str, *, last_row: bool) -> None:
+    """Overwrite two bytes of a stored parameter, in its first or its last row."""
+    from bridge.storage.torch_dist_read import TorchDistReader
+    from bridge.tiling import Box
+
+    with TorchDistReader(root / "iter_0000000") as reader:
+        rows, columns = reader.tensors[tensor].shape
+        row = rows - 1 if last_row else 0
+        extent = reader.extent(tensor, Box((row, 0), (row + 1, columns)))
+    assert extent is not None
+    data = bytearray(extent.path.read_bytes())
+    data[extent.offset : extent.offset + 2] = b"\x01\x41"
+    extent.path.write_bytes(data)
+
+
+def test_a_checkpoint_damaged_since_its_import_is_not_exported_as_if_nothing_were(
+    super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The hashes of the import name the tensor; --hf-model exports it all the same."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    damage_payload(tmp_path / "megatron", "decoder.layers.0.mlp.linear_fc2.weight", last_row=False)
+    with pytest.raises(VerificationError) as caught:
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert caught.value.where == ("model.layers.0.mlp.down_proj.weight",)
+    assert not (tmp_path / "back").exists()
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back", hf_model=super_checkpoint)
+
+
+def test_padding_that_is_not_zero_is_found_when_reading_back(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows no HF tensor holds are looked at too."""
+    from bridge import conversion
+    from bridge.transfer import write_files
+
+    def write_and_damage(layouts, directory, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN202 (a wrapper of any signature)
+        write_files(layouts, directory, *args, **kwargs)
+        for payload in layouts[0].payloads:
+            if payload.tensor == "embedding.word_embeddings.weight":
+                flip_one_bit(directory / layouts[0].path, payload.offset + payload.nbytes - 1)
+
+    monkeypatch.setattr(conversion, "write_files", write_and_damage)
+    with pytest.raises(VerificationError) as caught:
+        import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    assert "embedding.word_embeddings.weight: 1 padding rows" in caught.value.where[0]
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_a_stale_index_and_other_differences_are_reported_together(
+    super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Missing, mis-shaped and not where the index says: one error."""
+    index = super_checkpoint / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.ghost.weight"] = content["weight_map"]["lm_head.weight"]
+    index.write_text(json.dumps(content))
+    config = json.loads((super_checkpoint / "config.json").read_text())
+    config["vocab_size"] += 1
+    (super_checkpoint / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AccountingError) as caught:
+        import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    places = "\n".join(caught.value.where)
+    assert "mis-shaped: lm_head.weight" in places
+    assert "index: model.ghost.weight should be in" in places
+
+
+def test_layers_of_unequal_dtype_cannot_be_stacked_and_are_named(tmp_path: Path) -> None:
+    """Megatron holds a homogeneous model's layers as one tensor: refused before any work."""
+    from safetensors.torch import load_file, save_file
+
+    write_checkpoint(toy_named("nano-8b"), tmp_path / "hf", dtype="bfloat16", max_shard_size=10**12)
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    name = "model.layers.2.input_layernorm.weight"
+    weights[name] = weights[name].float()
+    save_file(weights, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(DtypeMismatchError) as caught:
+        import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
+    (place,) = caught.value.where
+    assert place.startswith(
+        "decoder.layers.2.self_attention.linear_qkv.layer_norm_weight is float32"
+    )
+
+
+def test_what_is_not_carried_is_said(super_checkpoint: Path, tmp_path: Path) -> None:
+    """Weights in other formats and hidden directories stay behind, by name."""
+    (super_checkpoint / "original").mkdir()
+    (super_checkpoint / "original" / "consolidated.00.pth").write_bytes(b"x")
+    (super_checkpoint / ".cache").mkdir()
+    (super_checkpoint / ".cache" / "lock").write_text("")
+    (super_checkpoint / "adapter.safetensors").write_bytes(b"x")
+    report = import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    left = {note for note in report.notes if note.startswith("not carried")}
+    assert {
+        "not carried: original/consolidated.00.pth",
+        "not carried: .cache/lock",
+        "not carried: adapter.safetensors",
+    } == left

@@ -75,6 +75,7 @@ def test_codes_and_exit_statuses_are_the_published_ones() -> None:
     published = {kind.__name__: (kind.code, kind.exit_code) for kind in KINDS}
     assert published == {
         "BridgeError": ("BR000", 2),
+        "UsageError": ("BR001", 2),
         "ConfigError": ("BR100", 2),
         "UnsupportedArchitectureError": ("BR101", 2),
         "UnmappedFieldError": ("BR102", 2),

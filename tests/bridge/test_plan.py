@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bridge.dtypes import dtype_named
-from bridge.errors import AccountingError
+from bridge.errors import AccountingError, DtypeMismatchError
 from bridge.plan import Plan, account_for, fold_layers, ranges
 from bridge.spec import (
     BlockSpec,
@@ -171,12 +171,21 @@ def test_one_target_of_two_dtypes_is_refused_with_all_offenders() -> None:
     found["model.layers.4.self_attn.k_proj.weight"] = info((4, 6), "float32")
     found["model.layers.9.mlp.up_proj.weight"] = info((5, 6), "float16")
     found["model.norm.weight"] = info((6,), "float32")
-    with pytest.raises(AccountingError) as error:
+    with pytest.raises(DtypeMismatchError) as error:
         PLAN.target_dtypes(PLAN.hf_to_mcore, found, where="model/")
     assert error.value.message.startswith("2 ")
     assert "layers.4.self_attention.linear_qkv" in error.value.where[0]
     assert "k_proj.weight float32" in error.value.where[0]
     assert "layers.9.mlp.linear_fc1" in error.value.where[1]
+
+
+def test_tensors_without_floating_point_numbers_are_refused_by_name() -> None:
+    """Quantised weights are no parameters of this model, even where every one of them is int8."""
+    found = {name: info(one.shape, "int8") for name, one in healthy().items()}
+    with pytest.raises(DtypeMismatchError) as error:
+        PLAN.target_dtypes(PLAN.hf_to_mcore, found, where="model/")
+    assert len(error.value.where) == len(found)
+    assert "model.norm.weight is int8" in error.value.where
 
 
 def test_each_target_has_the_dtype_of_its_sources() -> None:

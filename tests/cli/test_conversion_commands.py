@@ -148,6 +148,12 @@ def test_list_names_all_seven(run: Run) -> None:
             2,
             "BR001",
         ),
+        (
+            ["import", "--hf-model", ".", "--megatron-path", "y", "--memory-budget", "1kB"],
+            2,
+            "BR001 a memory budget of 1kB cannot be kept",
+        ),
+        (["inspect", str(ULTRA), "--revision", "main"], 2, "BR001"),
         (["export", "--megatron-path", "nowhere", "--hf-path", "y"], 2, "BR300"),
         (["frobnicate"], 2, "No such command"),
     ],
@@ -193,7 +199,7 @@ def test_an_unknown_field_passes_when_it_is_named(
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     carry = ("--carry-field", "novel_field")
     assert run("import", "--hf-model", checkpoint, "--megatron-path", megatron, *carry).code == 0
-    assert run("export", "--megatron-path", megatron, "--hf-path", back, *carry).code == 0
+    assert run("export", "--megatron-path", megatron, "--hf-path", back).code == 0  # remembered
     assert json.loads((back / "config.json").read_text())["novel_field"] == 1
 
 

@@ -16,7 +16,7 @@ from harness import checks, runner
 from harness.bench import Bench
 from harness.checks import Check
 from harness.compare import Finding
-from harness.report.evidence import evidence, write_json
+from harness.report.evidence import evidence, to_json
 from harness.report.text import print_report
 from harness.runner import Result, RunReport, in_running_order, run_cases
 from harness.suite import Case, load_suite
@@ -197,7 +197,7 @@ def test_the_text_report_shows_every_model_and_every_failure_with_its_place() ->
     assert lines[-1].strip() == "2 passed, 2 failed, 1 errors, 1 not run (gpu) in 2 s"
 
 
-def test_the_evidence_holds_inputs_versions_and_every_value(tmp_path: Path) -> None:
+def test_the_evidence_holds_inputs_versions_and_every_value() -> None:
     """Strict JSON, NaN included, so that any reader takes it."""
     data = evidence(
         results(),
@@ -206,9 +206,7 @@ def test_the_evidence_holds_inputs_versions_and_every_value(tmp_path: Path) -> N
         inputs={"tied": {"config_sha256": "0" * 64}},
         versions={"python": "3.11"},
     )
-    path = tmp_path / "evidence.json"
-    write_json(data, str(path))
-    read = json.loads(path.read_text("utf-8"), parse_constant=pytest.fail)
+    read = json.loads(to_json(data), parse_constant=pytest.fail)
     assert read["schema_version"] == 1
     assert read["verdict"] == "failed"
     assert read["counts"] == "2 passed, 2 failed, 1 errors, 1 not run (gpu)"

@@ -421,9 +421,9 @@ FIRST, SECOND = (f"model-0000{n}-of-00002.safetensors" for n in (1, 2))
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (reindex(lambda index: index.pop("a")), "a: index says None"),
-        (reindex(lambda index: index.update(ghost=FIRST)), "ghost: index says"),
-        (reindex(lambda index: index.update(a=SECOND)), "a: index says"),
+        (reindex(lambda index: index.pop("a")), f"a is in {FIRST}, which the"),
+        (reindex(lambda index: index.update(ghost=FIRST)), "ghost should be in"),
+        (reindex(lambda index: index.update(a=SECOND)), "a should be in"),
         (reindex(lambda index: index.update(a=7)), ""),
         (reindex(lambda index: index.update(a="../secret.safetensors")), INDEX),
         (reindex(lambda index: index.update(a="/etc/passwd")), INDEX),
@@ -491,7 +491,8 @@ def test_a_stale_index_of_many_tensors_is_reported_briefly(tmp_path: Path) -> No
     reindex(lambda index: index.update({f"t{n}": SECOND for n in range(100)}))(tmp_path)
     with pytest.raises(CorruptFileError, match="100 tensors") as error:
         SafetensorsSource(tmp_path)
-    assert len(error.value.where) == 20
+    assert len(error.value.where) == 100
+    assert len(str(error.value).splitlines()) < 60
 
 
 def test_other_safetensors_beside_the_model_are_left_alone(tmp_path: Path) -> None:
