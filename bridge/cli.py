@@ -19,6 +19,7 @@ from bridge.errors import EnvironmentMissingError, UsageError
 from bridge.render import print_description, print_report
 
 if TYPE_CHECKING:
+    from bridge.conversion import ConversionOptions
     from bridge.transfer import TransferLimits
 
 app = typer.Typer(
@@ -138,6 +139,20 @@ def _limits(memory_budget: str) -> TransferLimits:
             hint=f"{limits.threads} threads need {limits.buffers_nbytes} bytes or more",
         )
     return limits
+
+
+def _options(
+    verify: str, memory_budget: str, *, overwrite: bool, carry: Collection[str] | None
+) -> ConversionOptions:
+    from bridge.conversion import ConversionOptions
+
+    return ConversionOptions(
+        limits=_limits(memory_budget),
+        verify="none" if verify == "none" else "auto",
+        overwrite=overwrite,
+        carry=carry or (),
+        progress=RichProgress(),
+    )
 
 
 def _version(wanted: bool) -> None:
@@ -284,17 +299,9 @@ def import_(
 
     The result loads at any TP and PP; the sizes given here only cut its files for those ranks.
     """
-    from bridge.conversion import ConversionOptions
     from bridge.convert import import_checkpoint
     from bridge.hub import resolve_model
 
-    options = ConversionOptions(
-        limits=_limits(memory_budget),
-        verify="none" if verify == "none" else "auto",
-        overwrite=overwrite,
-        carry=carry or (),
-        progress=RichProgress(),
-    )
     hf = resolve_model(hf_model, weights=True, revision=revision)
     report = import_checkpoint(
         hf,
@@ -302,7 +309,7 @@ def import_(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         make_vocab_size_divisible_by=divisor,
-        options=options,
+        options=_options(verify, memory_budget, overwrite=overwrite, carry=carry),
     )
     print_report(report.to_dict(), json_=json_)
     _verify_fully(
@@ -337,17 +344,9 @@ def export(
 
     A checkpoint that `import` made gives back the source directory, each file byte for byte.
     """
-    from bridge.conversion import ConversionOptions
     from bridge.convert import export_checkpoint
     from bridge.hub import resolve_model
 
-    options = ConversionOptions(
-        limits=_limits(memory_budget),
-        verify="none" if verify == "none" else "auto",
-        overwrite=overwrite,
-        carry=carry or (),
-        progress=RichProgress(),
-    )
     resolved = None
     if hf_model is not None:
         resolved = resolve_model(hf_model, weights=False, revision=revision)
@@ -356,7 +355,7 @@ def export(
         hf_path,
         hf_model=resolved,
         max_shard_size=parse_size(max_shard_size),
-        options=options,
+        options=_options(verify, memory_budget, overwrite=overwrite, carry=carry),
     )
     print_report(report.to_dict(), json_=json_)
     _verify_fully(
