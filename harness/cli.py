@@ -9,7 +9,8 @@ import contextlib
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+import traceback
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,20 +18,25 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import bridge.cli
-from bridge.cli import HfModel, PpSize, Revision, TpSize, TrustRemoteCode, VppSize, app
-from bridge.errors import BridgeError, LayoutError
+from bridge.cli import (
+    CarryField,
+    HfModel,
+    Json,
+    PpSize,
+    Revision,
+    TpSize,
+    TrustRemoteCode,
+    VppSize,
+    app,
+)
+from bridge.errors import BridgeError, LayoutError, UsageError
 
 if TYPE_CHECKING:
+    from bridge.spec import ModelSpec
     from harness.bench import Subject
     from harness.runner import RunReport
     from harness.suite import Case
 
-JsonTarget = Annotated[
-    str | None,
-    typer.Option(
-        "--json", metavar="FILE", help="Write the evidence as JSON; - is stdout, instead of text."
-    ),
-]
 Select = Annotated[
     list[str] | None,
     typer.Option("--select", help="Only cases whose id has this in it, or fits this glob."),
@@ -69,9 +75,10 @@ def verify(
     select: Select = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
+    carry: CarryField = None,
     timeout: Timeout = 1800.0,
     list_only: ListOnly = False,
-    json_: JsonTarget = None,
+    json_: Json = False,
     report: Annotated[
         Path | None, typer.Option("--report", help="Directory for the evidence and rank logs.")
     ] = None,
@@ -81,18 +88,31 @@ def verify(
     Without --megatron-path the checkpoint is converted there and back and compared; with it, that
     checkpoint is compared bit by bit and is what the ranks load.
     """
+    from bridge.convert import read_spec
     from bridge.hub import resolve_model
     from harness.suite import select as select_cases
 
     path = resolve_model(hf_model, weights=True, revision=revision)
-    names = _layout_names(path, layouts)
+    names = _layout_names(read_spec(path, carry=carry or ()), layouts)
+    _account_for(path, megatron_path, carry=carry or ())
     cases = _verification_cases(path, names, dtype, device, imported=megatron_path is not None)
     chosen = select_cases(cases, select or ())
     if list_only:
-        _print_ids(chosen)
+        _print_ids(chosen, json_=json_)
         return
-    subjects = _subjects(path, megatron_path, trust_remote_code=trust_remote_code)
+    subjects = _subjects(
+        path, megatron_path, trust_remote_code=trust_remote_code, carry=carry or ()
+    )
     _finish(_run(chosen, subjects, timeout, report, suite=None, json_=json_))
+
+
+def _account_for(hf: Path, megatron: Path | None, *, carry: Collection[str]) -> None:
+    """Refuse checkpoints that no case could be run on, with one error."""
+    from harness.inputs import account_for_hf, account_for_megatron
+
+    spec = account_for_hf(hf, carry=carry)
+    if megatron is not None:
+        account_for_megatron(megatron, spec)
 
 
 def _verification_cases(
@@ -116,14 +136,17 @@ def _verification_cases(
     ]
 
 
-def _layout_names(path: Path, given: str | None) -> tuple[str, ...]:
+def _layout_names(spec: ModelSpec, given: str | None) -> tuple[str, ...]:
     """The layouts asked for, which must fit the model, or those of the default ones that do."""
-    from bridge.convert import read_spec
     from harness.layouts import resolve_layout
 
-    spec = read_spec(path)
     if given is not None:
-        names = tuple(name.strip() for name in given.split(",") if name.strip())
+        names = tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+        if not names:
+            raise UsageError(
+                "--layouts names no layout, and no ranks would be looked at",
+                hint="leave it away, or give for instance tp1-pp1,tp2-pp1",
+            )
         for name in names:
             resolve_layout(name, spec)  # bad usage, said before any work
         return names
@@ -135,19 +158,37 @@ def _layout_names(path: Path, given: str | None) -> tuple[str, ...]:
     return tuple(fitting)
 
 
-def _subjects(path: Path, megatron: Path | None, *, trust_remote_code: bool) -> dict[str, Subject]:
+def _subjects(
+    path: Path, megatron: Path | None, *, trust_remote_code: bool, carry: Collection[str]
+) -> dict[str, Subject]:
     from harness.bench import Subject
 
-    name = path.resolve().name
-    subject = Subject(name=name, hf=path, megatron=megatron, trust_remote_code=trust_remote_code)
-    return {name: subject}
+    subject = Subject(
+        name=path.resolve().name,
+        hf=path,
+        megatron=megatron,
+        trust_remote_code=trust_remote_code,
+        carry=tuple(carry),
+    )
+    return {subject.name: subject}
 
 
-def _verify_conversion(hf: Path, megatron: Path, trust_remote_code: bool, quiet: bool) -> None:
+def _verify_conversion(
+    hf: Path,
+    megatron: Path,
+    *,
+    trust_remote_code: bool,
+    carry: Collection[str],
+    quiet: bool,
+) -> None:
     """What `--verify full` adds to import and export; with `quiet` the report is on stderr."""
-    cases = _verification_cases(hf, _layout_names(hf, None), "float32", "cpu", imported=True)
-    subjects = _subjects(hf, megatron, trust_remote_code=trust_remote_code)
-    _finish(_run(cases, subjects, 1800.0, None, suite=None, json_=None, on_stderr=quiet))
+    from bridge.convert import read_spec
+
+    names = _layout_names(read_spec(hf, carry=carry), None)
+    _account_for(hf, megatron, carry=carry)
+    cases = _verification_cases(hf, names, "float32", "cpu", imported=True)
+    subjects = _subjects(hf, megatron, trust_remote_code=trust_remote_code, carry=carry)
+    _finish(_run(cases, subjects, 1800.0, None, suite=None, on_stderr=quiet))
 
 
 bridge.cli.full_verification = _verify_conversion
@@ -167,7 +208,7 @@ def parity(
         typer.Option("--allow-not-run", help="Reason that is no failure, such as gpu."),
     ] = None,
     list_only: ListOnly = False,
-    json_: JsonTarget = None,
+    json_: Json = False,
     report: Annotated[
         Path | None, typer.Option("--report", help="Directory for the evidence and rank logs.")
     ] = None,
@@ -182,7 +223,7 @@ def parity(
         cases = tuple(replace(case, device=device) for case in cases)
     chosen = select_cases(cases, select or ())
     if list_only:
-        _print_ids(chosen)
+        _print_ids(chosen, json_=json_)
         return
     _finish(
         _run(
@@ -201,15 +242,20 @@ def toy(
     ] = "bfloat16",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which weights.")] = 0,
     names: Annotated[bool, typer.Option("--names", help="Show every toy.")] = False,
+    json_: Json = False,
 ) -> None:
     """Write a small checkpoint with the traits of one variant, to try the other commands on."""
-    from bridge.console import UsageError, stdout, table
+    from bridge.console import print_json, stdout, table
     from harness.toys import TOYS, toy_named, write_checkpoint
 
     if names:
+        known = [{"name": one.name, "stands_for": one.stands_for} for one in TOYS.values()]
+        if json_:
+            print_json(known)
+            return
         rows = table("toy", "stands for")
-        for one in TOYS.values():
-            rows.add_row(one.name, one.stands_for)
+        for one in known:
+            rows.add_row(one["name"], one["stands_for"])
         stdout().print(rows)
         return
     if not name or hf_path is None:
@@ -219,7 +265,18 @@ def toy(
         )
     found = toy_named(name)
     write_checkpoint(found, hf_path, dtype=dtype, seed=seed)
-    typer.echo(f"{hf_path}: {found.stands_for}")
+    if json_:
+        print_json(
+            {
+                "hf_path": str(hf_path),
+                "name": found.name,
+                "stands_for": found.stands_for,
+                "dtype": dtype,
+                "seed": seed,
+            }
+        )
+    else:
+        typer.echo(f"{hf_path}: {found.stands_for}")
 
 
 @app.command()
@@ -241,10 +298,9 @@ def logits(
     device: DeviceName = "cpu",
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
+    carry: CarryField = None,
     timeout: Timeout = 1800.0,
-    json_: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document instead of text.")
-    ] = False,
+    json_: Json = False,
 ) -> None:
     """Write the logits of one model: Hugging Face's, or Megatron's over the layout's ranks.
 
@@ -252,24 +308,35 @@ def logits(
     """
     from bridge.console import print_json
     from bridge.hub import resolve_model
-    from harness.logits_file import compute_hf, compute_megatron, read_input, write_output
+    from harness.logits_file import (
+        check_output,
+        compute_hf,
+        compute_megatron,
+        read_input,
+        write_output,
+    )
 
+    if megatron_path is None and (tp, pp, vp) != (1, 1, None):
+        raise UsageError(
+            "a layout is for ranks, and the Hugging Face model runs on none",
+            hint="leave --tp, --pp and --vp away, or give --megatron-path",
+        )
     probe = read_input(input_)
+    check_output(output)
     path = None
     if hf_model is not None:
         path = resolve_model(hf_model, weights=megatron_path is None, revision=revision)
     if megatron_path is not None:
         found = compute_megatron(
             megatron_path, probe, hf_model=path, tp=tp, pp=pp, vp=vp, dtype=dtype, device=device,
-            timeout=timeout,
+            timeout=timeout, carry=carry or (),
         )  # fmt: skip
     elif path is not None:
         found = compute_hf(
-            path, probe, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
+            path, probe, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+            carry=carry or (),
+        )  # fmt: skip
     else:
-        from bridge.console import UsageError
-
         raise UsageError("no model", hint="give --hf-model or --megatron-path")
     write_output(output, found)
     result = {"output": str(output), "shape": list(found.shape), "dtype": "float32"}
@@ -279,7 +346,12 @@ def logits(
         typer.echo(f"{output}: logits {tuple(found.shape)}, float32")
 
 
-def _print_ids(cases: Sequence[Case]) -> None:
+def _print_ids(cases: Sequence[Case], *, json_: bool) -> None:
+    from bridge.console import print_json
+
+    if json_:
+        print_json([case.id for case in cases])
+        return
     for case in cases:
         typer.echo(case.id)
 
@@ -291,13 +363,13 @@ def _run(
     report_dir: Path | None,
     *,
     suite: str | None,
-    json_: str | None,
+    json_: bool = False,
     allow_not_run: Sequence[str] = (),
     on_stderr: bool = False,
 ) -> RunReport:
     from bridge.console import stdout
     from harness.bench import Bench
-    from harness.report.evidence import evidence, identity, versions, write_json
+    from harness.report.evidence import evidence, identity, to_json, versions
     from harness.report.progress import CaseProgress
     from harness.report.text import print_report
     from harness.runner import run_cases
@@ -319,10 +391,10 @@ def _run(
                 inputs[case.model] = identity(bench.checkpoint(case))
     data = evidence(found, command=sys.argv, suite=suite, inputs=inputs, versions=versions())
     if report_dir is not None:
-        write_json(data, str(report_dir / "evidence.json"))
-    if json_ is not None:
-        write_json(data, json_)
-    if json_ != "-":
+        (report_dir / "evidence.json").write_text(to_json(data), "utf-8")
+    if json_:
+        sys.stdout.write(to_json(data))
+    else:
         print_report(found, stdout(stderr=on_stderr))
     return found
 
@@ -337,7 +409,7 @@ def main() -> None:
 
     Exits with 0 (passed), 1 (a check failed), 2 (bad usage or input), 3 (could not run) or 130
     (interrupted, which is typer's own doing). Errors a user can act on are printed without a
-    traceback; any other is our bug and keeps its own.
+    traceback; any other is our bug, exits with 3 and keeps its own.
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
     try:
@@ -347,6 +419,9 @@ def main() -> None:
         for note in getattr(error, "__notes__", ()):
             sys.stderr.write(f"note: {note}\n")
         sys.exit(error.exit_code)
+    except Exception:  # noqa: BLE001 - 1 says that a check failed, which a crash does not
+        traceback.print_exc()
+        sys.exit(3)
 
 
 if __name__ == "__main__":

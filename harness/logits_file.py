@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -29,12 +30,19 @@ from harness.live import ModelRequest
 from harness.reference import Array, hf_logits, load_hf_model
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokens:
-    """What to run a model on: `input_ids` (batch, seq), `position_ids` (seq,) or (batch, seq)."""
+    """What to run a model on.
 
-    def __init__(self, input_ids: Array, position_ids: Array) -> None:
-        self.input_ids = input_ids
-        self.position_ids = position_ids
+    Args:
+        input_ids: (batch, seq), int64.
+        position_ids: (seq,) or (batch, seq), int64.
+        where: The file they are from.
+    """
+
+    input_ids: Array
+    position_ids: Array
+    where: str
 
 
 def read_input(path: Path) -> Tokens:
@@ -68,10 +76,12 @@ def read_input(path: Path) -> Tokens:
             where=str(path),
             hint=hint,
         )
-    return Tokens(ids.astype(np.int64), positions.astype(np.int64))
+    return Tokens(
+        input_ids=ids.astype(np.int64), position_ids=positions.astype(np.int64), where=str(path)
+    )
 
 
-def check_tokens(tokens: Tokens, spec: ModelSpec, *, where: str) -> None:
+def check_tokens(tokens: Tokens, spec: ModelSpec) -> None:
     """Refuse ids and positions that the model does not have.
 
     transformers fails on such an id with an IndexError, or on a GPU with a broken context, and
@@ -85,7 +95,7 @@ def check_tokens(tokens: Tokens, spec: ModelSpec, *, where: str) -> None:
         ("position_ids", tokens.position_ids, spec.max_position_embeddings),
     )
     wrong = [
-        f"{where}: {name} must lie in [0, {stop}), and reach from {values.min()} to {values.max()}"
+        f"{tokens.where}: {name} must lie in [0, {stop}); they are {values.min()} to {values.max()}"
         for name, values, stop in ranges
         if values.min() < 0 or values.max() >= stop
     ]
@@ -134,7 +144,7 @@ def compute_hf(
         BridgeError: BR104, tokens it does not have; BR500, no such device; or what is wrong with
             the checkpoint.
     """
-    check_tokens(tokens, account_for_hf(hf, carry=carry), where="--input")
+    check_tokens(tokens, account_for_hf(hf, carry=carry))
     if device == "cuda":
         import torch
 
@@ -166,7 +176,7 @@ def compute_megatron(
             ranks that could not run; or what is wrong with the checkpoint.
     """
     spec = megatron_spec(megatron, hf_model=hf_model, carry=carry)
-    check_tokens(tokens, spec, where="--input")
+    check_tokens(tokens, spec)
     account_for_megatron(megatron, spec)
     layout = plan_layout(
         spec,

@@ -26,13 +26,28 @@ def run(case: Case, bench: Bench) -> Finding:
     """Import for the case's layout, export, compare directories."""
     source = bench.checkpoint(case)
     megatron = bench.converted(case, layout=case.layout or BASE_LAYOUT)
+    spec = bench.spec(case)
+    plan = plan_of(bench, case, spec)
     try:
         back = bench.exported(case, megatron)
     except CheckpointError as error:
-        # The bridge noticed by itself that it cannot give the source back: that is a finding.
-        return exact([f"export refused: {error.message}", *error.where], compared=0, what="files")
-    spec = bench.spec(case)
-    return directories(source, back, spec, plan_of(bench, case, spec))
+        return _refused(case, bench, megatron, plan, error)
+    return directories(source, back, spec, plan)
+
+
+def _refused(
+    case: Case, bench: Bench, megatron: Path, plan: Plan, error: CheckpointError
+) -> Finding:
+    """The bridge noticed by itself that it cannot give the source back; say where it differs."""
+    refusal = [f"export refused: {error.message}", *error.where]
+    source = bench.checkpoint(case)
+    try:
+        back = bench.exported(case, megatron, hf_model=source)  # as it is, damage and all
+    except CheckpointError:
+        return exact(refusal, compared=0, what="tensors")
+    problems, compared = _tensor_problems(back, source, plan)
+    details = {"export refused": refusal}
+    return exact(problems or refusal, compared=compared, what="elements", details=details)
 
 
 def plan_of(bench: Bench, case: Case, spec: ModelSpec) -> Plan:
@@ -61,14 +76,7 @@ def directories(source: Path, back: Path, spec: ModelSpec, plan: Plan) -> Findin
         if not _equal_bytes(theirs[name], ours[name])
     ]
     if any(name.endswith(".safetensors") for name in differing):
-        found, elements, _ = tensor_differences(
-            read_safetensors(back), read_safetensors(source), names=("the export", "the source")
-        )
-        located = dict(elements)
-        for problem in found:
-            name = problem.partition("[")[0]
-            tile = f"; {in_megatron(plan, name, located[name])}" if name in located else ""
-            problems.append(problem + tile)
+        problems += _tensor_problems(back, source, plan)[0]
     problems += [f"{name}: {_how(theirs[name], ours[name])}" for name in differing]
     size = sum(path.stat().st_size for path in theirs.values())
     return exact(
@@ -77,6 +85,20 @@ def directories(source: Path, back: Path, spec: ModelSpec, plan: Plan) -> Findin
         what=f"files of {spec.num_layers} layers, byte for byte",
         details={"files": len(theirs), "nbytes": size},
     )
+
+
+def _tensor_problems(back: Path, source: Path, plan: Plan) -> tuple[list[str], int]:
+    """Every tensor that differs, with its place on both sides, and how many elements were held."""
+    found, elements, compared = tensor_differences(
+        read_safetensors(back), read_safetensors(source), names=("the export", "the source")
+    )
+    located = dict(elements)
+    problems = []
+    for problem in found:
+        name = problem.partition("[")[0]
+        tile = f"; {in_megatron(plan, name, located[name])}" if name in located else ""
+        problems.append(problem + tile)
+    return problems, compared
 
 
 def in_megatron(plan: Plan, name: str, index: tuple[int, ...]) -> str:

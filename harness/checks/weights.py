@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from bridge.agreement import spec_differences, spec_of_args
+from bridge.conversion import nonzero_padding
 from bridge.errors import BridgeError, ConfigError
-from bridge.megatron_args import spec_from_checkpoint_args
-from bridge.parameters import EMBEDDING_ROW
-from bridge.plan import Plan, account_for
+from bridge.plan import account_for
+from bridge.record import read_record
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
 from bridge.storage.safetensors import SafetensorsSource
@@ -16,10 +17,8 @@ from bridge.transfer import TransferLimits, compare
 from harness.bench import Bench
 from harness.checks.round_trip import in_megatron
 from harness.compare import Finding, exact
+from harness.inputs import plan_for
 from harness.suite import Case
-
-_FREE = ("params_dtype", "max_position_embeddings")
-"""What training may change without changing what the weights mean."""
 
 
 def run(case: Case, bench: Bench) -> Finding:
@@ -28,15 +27,13 @@ def run(case: Case, bench: Bench) -> Finding:
     megatron = bench.subject(case.model).megatron or bench.converted(case)
     with MegatronSource(megatron) as actual, SafetensorsSource(hf) as expected:
         with bench.fault.changed_code():
-            padded = actual.tensors.get(EMBEDDING_ROW.name)
-            plan = Plan(spec, padded.shape[0] if padded is not None else spec.vocab_size)
-            problems = _arguments(actual, spec)
+            plan = plan_for(actual, spec)
+            values = _values(actual, spec)
             try:
                 account_for(plan.hf_shapes, expected.tensors, where=str(hf))
                 account_for(plan.mcore_shapes, actual.tensors, where=str(megatron))
             except BridgeError as error:
-                problems += [error.message, *error.where]
-                return exact(problems, compared=0, what="elements")
+                return exact([*values, error.message, *error.where], compared=0, what="elements")
             digests = compare(
                 expected,
                 actual,
@@ -44,33 +41,49 @@ def run(case: Case, bench: Bench) -> Finding:
                 limits=TransferLimits(),
                 advance=lambda _nbytes: None,
             )
-        for digest in digests:
-            if digest.first_difference is not None:
-                tile = in_megatron(plan, digest.name, digest.first_difference)
-                problems.append(
-                    f"{digest.name}{list(digest.first_difference)}: {digest.num_different} "
-                    f"elements differ, this one first; {tile}"
-                )
-    elements = sum(math.prod(shape) for shape in plan.hf_shapes.values())
-    return exact(problems, compared=elements, what="elements, bit for bit")
-
-
-def _arguments(source: MegatronSource, spec: ModelSpec) -> list[str]:
-    """What the checkpoint says of its own model, where it says anything."""
-    if source.args is None:
-        return []
-    args = dict(source.args)
-    vocab_size = spec.vocab_size if args.get("vocab_size") is None else None
-    rope = spec.rope if args.get("use_rope_scaling") is None else None
-    try:
-        said = spec_from_checkpoint_args(
-            args, vocab_size=vocab_size, rope=rope, where=source.args_where
+            padding = nonzero_padding(plan, actual)
+        record = read_record(actual.root)
+        # What training has made of rows that no token has is its own business; an import wrote
+        # zeros there. In Megatron they take part in the softmax of a training step.
+        imported = record is not None and record.iteration == actual.iteration
+        tensors = [
+            f"{digest.name}{list(digest.first_difference)}: {digest.num_different} elements "
+            f"differ, this one first; {in_megatron(plan, digest.name, digest.first_difference)}"
+            for digest in digests
+            if digest.first_difference is not None
+        ]
+        elements = sum(digest.num_different for digest in digests)
+    compared = sum(math.prod(shape) for shape in plan.hf_shapes.values())
+    wrong_padding = padding if imported else []
+    found = exact(
+        [*values, *tensors, *wrong_padding],
+        compared=compared,
+        what="elements, bit for bit",
+        details={"nonzero_padding": padding},
+    )
+    if found.passed:
+        return found
+    # Each kind of difference in its own unit: a tensor is no element.
+    counts = [
+        f"{number} {one if number == 1 else many}"
+        for number, one, many in (
+            (len(values), "value of the model differs", "values of the model differ"),
+            (len(tensors), "tensor differs", "tensors differ"),
+            (len(wrong_padding), "padded tensor is not zero", "padded tensors are not zero"),
         )
-    except ConfigError as error:
-        return [f"{source.args_where}: {error.message}", *error.where]
-    return [
-        f"{source.args_where}: {field.name} is {getattr(said, field.name)}, "
-        f"config.json has {getattr(spec, field.name)}"
-        for field in dataclasses.fields(spec)
-        if field.name not in _FREE and getattr(said, field.name) != getattr(spec, field.name)
+        if number
     ]
+    counts.append(f"{elements:,} of {compared:,} elements differ (limit 0)")
+    return dataclasses.replace(found, summary=f"{', '.join(counts)}: {found.places[0]}")
+
+
+def _values(source: MegatronSource, spec: ModelSpec) -> list[str]:
+    """How the checkpoint's own account of its model differs, where it gives one."""
+    try:
+        said = spec_of_args(source, spec)
+    except ConfigError as error:
+        return [f"{error.message}: {place}" for place in error.where] or [error.message]
+    if said is None:
+        return []
+    differences = spec_differences(spec, said, names=("config.json", "the checkpoint's args"))
+    return [f"{source.args_where}: {difference}" for difference in differences]

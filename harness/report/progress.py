@@ -39,4 +39,4 @@ class CaseProgress:
         """Count one case."""
         self._progress.update(self._task, advance=1, description=result.case.id)
         if result.status != "passed":
-            self._progress.console.print(Text(progress_line(result)))
+            self._progress.console.print(Text(progress_line(result)), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The verifying commands as a user runs them: what is refused, with which code, and what is said."""
+"""The verifying commands as a user runs them: what is refused, with which code, what is said."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from harness import toys
 from harness.cli import main
 from harness.toys import toy_named, write_checkpoint
 
-# 523 entries, padded to 640 rows; 2 query groups; llama3 RoPE with theta 500,000 (FAMILY's own).
+# 523 vocabulary entries, padded to 640 rows; positions up to 131,072; heterogeneous blocks.
 TOY = "super-49b-v1_5"
 
 
@@ -170,14 +170,14 @@ def test_verify_says_which_block_differs_without_printing_all_of_them(
     """One line of a block in words, however many blocks a model has."""
     args = vars_of(megatron)
     blocks = json.loads(args["heterogeneous_layers_config_encoded_json"])
-    wide = next(b for b in blocks["block_configs"] if b["ffn"].get("intermediate_size"))
-    wide["ffn"]["intermediate_size"] *= 2
+    wide = next(b for b in blocks["block_configs"] if b["ffn"]["ffn_hidden_size"])
+    wide["ffn"]["ffn_hidden_size"] *= 2
     change_args(megatron, heterogeneous_layers_config_encoded_json=json.dumps(blocks))
     found = run("verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "weights")
     assert found.code == 1
     assert "1 value of the model differs" in found.out
     assert "BlockSpec(" not in found.out
-    assert f"SwiGLU {wide['ffn']['intermediate_size']}" in found.out
+    assert f"SwiGLU {wide['ffn']['ffn_hidden_size']}" in found.out
 
 
 def vars_of(megatron: Path) -> Mapping[str, Any]:
@@ -272,12 +272,12 @@ def test_verify_only_mentions_padding_that_training_has_moved(
     ],
 )
 def test_logits_refuses_tokens_and_positions_the_model_does_not_have(
-    run: Run, monkeypatch: pytest.MonkeyPatch, hf: Path, megatron: Path, tmp_path: Path, side: str,
+    run: Run, monkeypatch: pytest.MonkeyPatch, originals: Path, tmp_path: Path, side: str,
     arrays: Mapping[str, list[Any]], said: str,
 ) -> None:  # fmt: skip
     """The same words for both sides, before any model is loaded."""
     no_computing(monkeypatch)
-    model = hf if side == "--hf-model" else megatron
+    model = originals / side.strip("-").partition("-")[0]
     found = run(
         "logits", side, model, "--input", tokens(tmp_path, **arrays),
         "--output", tmp_path / "out.safetensors",
@@ -363,7 +363,7 @@ def test_a_configuration_alone_is_not_a_checkpoint(
 @pytest.mark.parametrize("command", ["verify", "logits"])
 def test_a_missing_shard_is_bad_input(run: Run, hf: Path, tmp_path: Path, command: str) -> None:
     """The file that the index names and that is not there, before any case runs."""
-    victim = sorted(hf.glob("*.safetensors"))[0]
+    victim = min(hf.glob("*.safetensors"))
     victim.unlink()
     arguments: list[str | Path] = ["--hf-model", hf]
     if command == "logits":
@@ -451,11 +451,11 @@ def test_a_carried_field_is_carried_through_a_whole_proof(
     for name, flags in sides.items():
         found = run(
             "logits", *flags, "--input", tokens(tmp_path, input_ids=[[1, 2]]),
-            "--output", tmp_path / name, "--json",
+            "--output", tmp_path / f"{name}.safetensors", "--json",
         )  # fmt: skip
         assert found.code == 0, found.err
         assert json.loads(found.out)["shape"] == [1, 2, 523]
-        logits.append(load_file(tmp_path / name)["logits"])
+        logits.append(load_file(tmp_path / f"{name}.safetensors")["logits"])
     np.testing.assert_allclose(logits[1], logits[0], atol=2e-5)
     np.testing.assert_array_equal(logits[1], logits[2])
 

@@ -59,7 +59,7 @@ def test_verify_passes_on_a_healthy_checkpoint_and_leaves_evidence(
 ) -> None:
     """Exit code 0, one JSON document and nothing else on stdout, evidence and rank logs kept."""
     done = nemotron_bridge(
-        "verify", "--hf-model", hf, "--layouts", "tp2-pp1", "--json", "-", "--report", tmp_path
+        "verify", "--hf-model", hf, "--layouts", "tp2-pp1", "--json", "--report", tmp_path
     )
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
