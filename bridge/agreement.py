@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
-from typing import Final
+from typing import Any, Final
 
 from bridge.describe import block_label
 from bridge.errors import InconsistentConfigError
+from bridge.hf_fields import is_number
 from bridge.megatron_args import spec_from_checkpoint_args
-from bridge.spec import BlockSpec, ModelSpec
+from bridge.spec import BlockSpec, ModelSpec, RopeSpec
 from bridge.storage.megatron import MegatronSource
 
 # Training may change these without changing what the weights mean.
@@ -31,9 +33,15 @@ def spec_of_args(source: MegatronSource, spec: ModelSpec) -> ModelSpec | None:
     return spec_from_checkpoint_args(
         args,
         vocab_size=spec.vocab_size if args.get("vocab_size") is None else None,
-        rope=spec.rope if args.get("use_rope_scaling") is None else None,
+        rope=_rope_of_args(args, spec) if args.get("use_rope_scaling") is None else None,
         where=source.args_where,
     )
+
+
+def _rope_of_args(args: Mapping[str, Any], spec: ModelSpec) -> RopeSpec:
+    """The scaling is the configuration's; a base that the args state is theirs."""
+    base = args.get("rotary_base")
+    return replace(spec.rope, rotary_base=float(base)) if is_number(base) else spec.rope
 
 
 def spec_differences(

@@ -57,7 +57,7 @@ def stdout(*, stderr: bool = False) -> Console:
 
     With `stderr` they go there instead, for a command whose stdout is one JSON document.
     """
-    console = Console(highlight=False, markup=False, soft_wrap=True, stderr=stderr)
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=stderr)
     if not console.is_terminal:
         console.width = 200
     return console

@@ -19,7 +19,6 @@ from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
 from bridge.errors import ConfigError, VerificationError
 from bridge.hf_config import hf_config_from_spec, load_hf_config, spec_from_hf_config
 from bridge.megatron_args import checkpoint_args, megatron_lm_flags, spec_from_checkpoint_args
-from bridge.parameters import EMBEDDING_ROW
 from bridge.pipeline import plan_layout
 from bridge.plan import Plan, account_for, fold_layers
 from bridge.record import (
@@ -159,8 +158,7 @@ def export_checkpoint(
         record = read_record(source.root) if hf_model is None else None
         carry = {*options.carry, *(record.carried_fields if record is not None else ())}
         spec, side_source, notes = _export_spec(source, hf_model, carry)
-        padded = source.tensors.get(EMBEDDING_ROW.name)
-        plan = Plan(spec, padded.shape[0] if padded is not None else spec.vocab_size)
+        plan = Plan.of_checkpoint(spec, source.tensors)
         account_for(plan.mcore_shapes, source.tensors, where=str(megatron))
         dtypes = plan.target_dtypes(plan.mcore_to_hf, source.tensors, where=str(megatron))
         tensors = {

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from bridge.dtypes import Dtype
 from bridge.errors import AccountingError, DtypeMismatchError
-from bridge.parameters import Parameter, hf_tensors, hf_tilings, parameters
+from bridge.parameters import EMBEDDING_ROW, Parameter, hf_tensors, hf_tilings, parameters
 from bridge.spec import ModelSpec
 from bridge.storage.source import TensorInfo
 from bridge.tiling import Shape, Tiling
@@ -29,6 +29,13 @@ class Plan:
 
     spec: ModelSpec
     padded_vocab_size: int
+
+    @classmethod
+    def of_checkpoint(cls, spec: ModelSpec, megatron: Mapping[str, TensorInfo]) -> Plan:
+        """The plan of a model whose vocabulary is padded as in this Megatron checkpoint."""
+        embedding = megatron.get(EMBEDDING_ROW.name)
+        rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
+        return cls(spec, max(rows, spec.vocab_size))
 
     @cached_property
     def parameters(self) -> Mapping[str, Parameter]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bridge.convert import read_spec
 from bridge.errors import CheckpointError
-from bridge.parameters import EMBEDDING_ROW, hf_tensors
+from bridge.parameters import hf_tensors
 from bridge.plan import Plan, account_for
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
@@ -47,11 +47,5 @@ def account_for_megatron(megatron: Path, spec: ModelSpec) -> None:
         AccountingError: BR301, parameters that are not the model's.
     """
     with MegatronSource(megatron) as source:
-        account_for(plan_for(source, spec).mcore_shapes, source.tensors, where=str(megatron))
-
-
-def plan_for(source: MegatronSource, spec: ModelSpec) -> Plan:
-    """The plan of a model, its vocabulary padded as it is in the checkpoint."""
-    embedding = source.tensors.get(EMBEDDING_ROW.name)
-    rows = embedding.shape[0] if embedding is not None and embedding.shape else 0
-    return Plan(spec, max(rows, spec.vocab_size))
+        plan = Plan.of_checkpoint(spec, source.tensors)
+        account_for(plan.mcore_shapes, source.tensors, where=str(megatron))

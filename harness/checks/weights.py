@@ -8,7 +8,7 @@ import math
 from bridge.agreement import spec_differences, spec_of_args
 from bridge.conversion import nonzero_padding
 from bridge.errors import BridgeError, ConfigError
-from bridge.plan import account_for
+from bridge.plan import Plan, account_for
 from bridge.record import read_record
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
@@ -17,7 +17,6 @@ from bridge.transfer import TransferLimits, compare
 from harness.bench import Bench
 from harness.checks.round_trip import in_megatron
 from harness.compare import Finding, exact
-from harness.inputs import plan_for
 from harness.suite import Case
 
 
@@ -27,7 +26,7 @@ def run(case: Case, bench: Bench) -> Finding:
     megatron = bench.subject(case.model).megatron or bench.converted(case)
     with MegatronSource(megatron) as actual, SafetensorsSource(hf) as expected:
         with bench.fault.changed_code():
-            plan = plan_for(actual, spec)
+            plan = Plan.of_checkpoint(spec, actual.tensors)
             values = _values(actual, spec)
             try:
                 account_for(plan.hf_shapes, expected.tensors, where=str(hf))

@@ -1,0 +1,141 @@
+"""The commands that write something and judge nothing: `toy` and `logits`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bridge.cli import (
+    CarryField,
+    Json,
+    PpSize,
+    Revision,
+    TpSize,
+    TrustRemoteCode,
+    VppSize,
+    app,
+)
+from bridge.errors import UsageError
+
+DtypeName = Annotated[
+    Literal["float32", "bfloat16"], typer.Option("--dtype", help="What to compute in.")
+]
+DeviceName = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=1, help="Seconds that one case may keep ranks busy.")
+]
+
+
+@app.command()
+def toy(
+    name: Annotated[str, typer.Argument(help="Such as super-49b-v1; `--names` lists them.")] = "",
+    hf_path: Annotated[Path | None, typer.Option("--hf-path", help="Directory to create.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option("--dtype", help="Of the weights.")
+    ] = "bfloat16",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which weights.")] = 0,
+    names: Annotated[bool, typer.Option("--names", help="Show every toy.")] = False,
+    json_: Json = False,
+) -> None:
+    """Write a small checkpoint with the traits of one variant, to try the other commands on."""
+    from bridge.console import print_json, stdout, table
+    from harness.toys import TOYS, toy_named, write_checkpoint
+
+    if names:
+        known = [{"name": one.name, "stands_for": one.stands_for} for one in TOYS.values()]
+        if json_:
+            print_json(known)
+            return
+        rows = table("toy", "stands for")
+        for one in known:
+            rows.add_row(one["name"], one["stands_for"])
+        stdout().print(rows)
+        return
+    if not name or hf_path is None:
+        raise UsageError(
+            "a toy needs a name and a directory",
+            hint="nemotron-bridge toy super-49b-v1 --hf-path DIR; --names lists them",
+        )
+    found = toy_named(name)
+    write_checkpoint(found, hf_path, dtype=dtype, seed=seed)
+    if json_:
+        print_json(
+            {
+                "hf_path": str(hf_path),
+                "name": found.name,
+                "stands_for": found.stands_for,
+                "dtype": dtype,
+                "seed": seed,
+            }
+        )
+    else:
+        typer.echo(f"{hf_path}: {found.stands_for}")
+
+
+@app.command()
+def logits(
+    input_: Annotated[
+        Path, typer.Option("--input", help="safetensors: input_ids, optionally position_ids.")
+    ],
+    output: Annotated[Path, typer.Option("--output", help="safetensors file to write.")],
+    hf_model: Annotated[
+        str | None, typer.Option("--hf-model", help="Checkpoint directory or Hub id.")
+    ] = None,
+    megatron_path: Annotated[
+        Path | None, typer.Option("--megatron-path", help="Megatron checkpoint to run.")
+    ] = None,
+    tp: TpSize = 1,
+    pp: PpSize = 1,
+    vp: VppSize = None,
+    dtype: DtypeName = "float32",
+    device: DeviceName = "cpu",
+    trust_remote_code: TrustRemoteCode = False,
+    revision: Revision = None,
+    carry: CarryField = None,
+    timeout: Timeout = 1800.0,
+    json_: Json = False,
+) -> None:
+    """Write the logits of one model: Hugging Face's, or Megatron's over the layout's ranks.
+
+    With --megatron-path, --hf-model may add the configuration that the checkpoint lacks.
+    """
+    from bridge.console import print_json
+    from bridge.hub import resolve_model
+    from harness.logits_file import (
+        check_output,
+        compute_hf,
+        compute_megatron,
+        read_input,
+        write_output,
+    )
+
+    if megatron_path is None and (tp, pp, vp) != (1, 1, None):
+        raise UsageError(
+            "a layout is for ranks, and the Hugging Face model runs on none",
+            hint="leave --tp, --pp and --vp away, or give --megatron-path",
+        )
+    probe = read_input(input_)
+    check_output(output)
+    path = None
+    if hf_model is not None:
+        path = resolve_model(hf_model, weights=megatron_path is None, revision=revision)
+    if megatron_path is not None:
+        found = compute_megatron(
+            megatron_path, probe, hf_model=path, tp=tp, pp=pp, vp=vp, dtype=dtype, device=device,
+            timeout=timeout, carry=carry or (),
+        )  # fmt: skip
+    elif path is not None:
+        found = compute_hf(
+            path, probe, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+            carry=carry or (),
+        )  # fmt: skip
+    else:
+        raise UsageError("no model", hint="give --hf-model or --megatron-path")
+    write_output(output, found)
+    result = {"output": str(output), "shape": list(found.shape), "dtype": "float32"}
+    if json_:
+        print_json(result)
+    else:
+        typer.echo(f"{output}: logits {tuple(found.shape)}, float32")
