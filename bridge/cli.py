@@ -9,18 +9,31 @@ import fnmatch
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import Annotated, Protocol
 
 import typer
 
 from bridge import __version__
+from bridge.cli_options import (
+    CarryField,
+    HfModel,
+    Json,
+    MemoryBudget,
+    Model,
+    Overwrite,
+    PpSize,
+    Revision,
+    TpSize,
+    TrustRemoteCode,
+    Verify,
+    VocabDivisor,
+    VppSize,
+    conversion_options,
+    transfer_limits,
+)
 from bridge.console import RichProgress, parse_size, print_json, stdout, table
-from bridge.errors import EnvironmentMissingError, UsageError
+from bridge.errors import EnvironmentMissingError
 from bridge.render import print_description, print_report
-
-if TYPE_CHECKING:
-    from bridge.conversion import ConversionOptions
-    from bridge.transfer import TransferLimits
 
 app = typer.Typer(
     name="nemotron-bridge",
@@ -29,58 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="M", help="Checkpoint directory, config.json, or Hub id such as nvidia/NAME."
-    ),
-]
-HfModel = Annotated[str, typer.Option("--hf-model", help="Checkpoint directory or Hub id.")]
-TpSize = Annotated[
-    int, typer.Option("--tensor-model-parallel-size", "--tp", min=1, help="TP size.")
-]
-PpSize = Annotated[
-    int, typer.Option("--pipeline-model-parallel-size", "--pp", min=1, help="PP size.")
-]
-VppSize = Annotated[
-    int | None,
-    typer.Option(
-        "--virtual-pipeline-model-parallel-size", "--vp", min=1, help="Model parts per PP rank."
-    ),
-]
-VocabDivisor = Annotated[
-    int,
-    typer.Option(
-        "--make-vocab-size-divisible-by", min=1,
-        help="Pad the vocabulary to a multiple of this times TP.",
-    ),
-]  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
-MemoryBudget = Annotated[
-    str, typer.Option("--memory-budget", help="Memory for buffers, such as 512MiB.")
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing target once the new one is done.")
-]
-CarryField = Annotated[
-    list[str] | None,
-    typer.Option("--carry-field", help="Let an unknown configuration field through. Repeatable."),
-]
-Verify = Annotated[
-    Literal["auto", "full", "none"],
-    typer.Option(
-        "--verify",
-        help="auto: read the target back and compare every bit. full: then also run `verify` on "
-        "it, placement and logits over real ranks included.",
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", help="Run the checkpoint's own code as the reference of a proof."
-    ),
-]
 
 
 class FullVerification(Protocol):
@@ -121,37 +82,6 @@ def _verify_fully(
         )
     full_verification(
         hf, megatron, trust_remote_code=trust_remote_code, carry=carry or (), quiet=json_
-    )
-
-
-Revision = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit, for a Hub id.")
-]
-
-
-def _limits(memory_budget: str) -> TransferLimits:
-    from bridge.transfer import TransferLimits
-
-    limits = TransferLimits(memory_budget=parse_size(memory_budget))
-    if limits.buffers_nbytes > limits.memory_budget:
-        raise UsageError(
-            f"a memory budget of {memory_budget} cannot be kept",
-            hint=f"{limits.threads} threads need {limits.buffers_nbytes} bytes or more",
-        )
-    return limits
-
-
-def _options(
-    verify: str, memory_budget: str, *, overwrite: bool, carry: Collection[str] | None
-) -> ConversionOptions:
-    from bridge.conversion import ConversionOptions
-
-    return ConversionOptions(
-        limits=_limits(memory_budget),
-        verify="none" if verify == "none" else "auto",
-        overwrite=overwrite,
-        carry=carry or (),
-        progress=RichProgress(),
     )
 
 
@@ -309,7 +239,7 @@ def import_(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         make_vocab_size_divisible_by=divisor,
-        options=_options(verify, memory_budget, overwrite=overwrite, carry=carry),
+        options=conversion_options(verify, memory_budget, overwrite=overwrite, carry=carry),
     )
     print_report(report.to_dict(), json_=json_)
     _verify_fully(
@@ -355,7 +285,7 @@ def export(
         hf_path,
         hf_model=resolved,
         max_shard_size=parse_size(max_shard_size),
-        options=_options(verify, memory_budget, overwrite=overwrite, carry=carry),
+        options=conversion_options(verify, memory_budget, overwrite=overwrite, carry=carry),
     )
     print_report(report.to_dict(), json_=json_)
     _verify_fully(
@@ -393,7 +323,7 @@ def synthesize(
             hf_path,
             seed=seed,
             max_shard_size=parse_size(max_shard_size),
-            limits=_limits(memory_budget),
+            limits=transfer_limits(memory_budget),
             advance=advance,
             overwrite=overwrite,
         )

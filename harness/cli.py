@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import bridge.cli
-from bridge.cli import (
+from bridge.cli import app
+from bridge.cli_options import (
     CarryField,
     HfModel,
     Json,
     Revision,
     TrustRemoteCode,
-    app,
 )
 from bridge.errors import BridgeError, LayoutError, UsageError
 from harness.cli_tools import DeviceName, DtypeName, Timeout

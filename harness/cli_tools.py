@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from bridge.cli import (
+from bridge.cli import app
+from bridge.cli_options import (
     CarryField,
     Json,
     PpSize,
@@ -15,7 +16,6 @@ from bridge.cli import (
     TpSize,
     TrustRemoteCode,
     VppSize,
-    app,
 )
 from bridge.errors import UsageError
 

@@ -5,45 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import pytest
 
-from harness.cli import main
 from harness.toys import toy_named, write_checkpoint
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Run
+
 
 VARIANTS = Path(__file__).parents[2] / "suites" / "variants"
 ULTRA = VARIANTS / "Llama-3_1-Nemotron-Ultra-253B-v1.json"
-
-
-class Outcome(NamedTuple):
-    """What a command printed and returned."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line through the entry point, in this process."""
-
-    def runner(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["nemotron-bridge", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return runner
 
 
 @pytest.fixture

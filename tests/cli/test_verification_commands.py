@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -20,39 +19,14 @@ from bridge.record import RECORD_NAME, SIDE_DIRECTORY
 from bridge.storage.megatron import MegatronSource
 from bridge.tiling import Box
 from harness import toys
-from harness.cli import main
 from harness.toys import toy_named, write_checkpoint
+
+if TYPE_CHECKING:
+    from tests.cli.conftest import Outcome, Run
+
 
 # 523 vocabulary entries, padded to 640 rows; positions up to 131,072; heterogeneous blocks.
 TOY = "super-49b-v1_5"
-
-
-class Outcome(NamedTuple):
-    """What a command printed and returned."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line through the entry point, in this process."""
-
-    def runner(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["nemotron-bridge", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
-
-    return runner
 
 
 @pytest.fixture(scope="module")
