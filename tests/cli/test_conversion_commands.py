@@ -61,6 +61,18 @@ def test_inspect_as_json_accounts_for_every_parameter_over_the_stages(run: Run) 
     assert [sum(stage["num_layers"] for stage in data["stages"])] == [162]
 
 
+def test_inspect_with_virtual_stages_sums_what_each_pipeline_rank_holds(run: Run) -> None:
+    """A rank's memory is that of all its model parts together."""
+    data = json.loads(run("inspect", ULTRA, "--pp", "4", "--vp", "2", "--tp", "8", "--json").out)
+    for rank in data["pp_ranks"]:
+        parts = [one for one in data["stages"] if one["pp_rank"] == rank["pp_rank"]]
+        assert len(parts) == 2
+        assert rank["nbytes_per_rank"] == sum(part["nbytes_per_rank"] for part in parts)
+    shown = run("inspect", ULTRA, "--pp", "4", "--vp", "2", "--tp", "8").out.splitlines()
+    assert len(data["pp_ranks"]) == 4
+    assert shown[-5].split() == ["pp", "rank", "per", "TP", "rank", "weights/rank"]
+
+
 def test_import_and_export_give_the_directory_back(
     run: Run, checkpoint: Path, tmp_path: Path
 ) -> None:
