@@ -75,10 +75,6 @@ CARRIED: Final = frozenset(
 )  # fmt: skip
 
 
-# What Megatron's `params_dtype` can be; integers and float8 hold no trainable parameters.
-_FLOATING: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
-
-
 @dataclass(slots=True)
 class Findings:
     """Everything wrong with one configuration, gathered before anything is raised."""
@@ -186,7 +182,7 @@ class FieldReader:
         except BridgeError as error:
             self.findings.unsupported.append(error.message)
             return "float32"
-        if dtype.name not in _FLOATING:
+        if not dtype.is_floating:
             self.findings.unsupported.append(f"{next(iter(names))}={dtype.name!r}")
         return dtype.name
 

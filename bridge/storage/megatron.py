@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from bridge.dtypes import Dtype, Words
-from bridge.errors import DtypeMismatchError
+from bridge.errors import CorruptFileError, DtypeMismatchError
 from bridge.parameters import Parameter
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.storage.source import FileLayout, Payload, TensorInfo
@@ -50,7 +50,7 @@ class MegatronSource:
 
     Attributes:
         root: The directory that holds the tracker and, for our own imports, the record.
-        iteration: As the tracker or the directory says; None for `release`.
+        iteration: As the tracker or the directory says; 0 for `release`.
         args: The `args` of `common.pt` as a mapping, None when there are none.
         ignored: What else is in the checkpoint and not read, one line each.
 
@@ -77,6 +77,11 @@ class MegatronSource:
                 ignored[key.split(".")[0]] += info.nbytes
                 continue
             for name, layer_idx, shape in _unfold(match["name"], info.shape):
+                if name in self._stored:
+                    raise CorruptFileError(
+                        f"{name} is stored as {self._stored[name][0]} and as {key}",
+                        where=str(self.directory),
+                    )
                 self._stored[name] = key, layer_idx
                 self.tensors[name] = TensorInfo(shape=shape, dtype=info.dtype)
         self.ignored = [

@@ -19,7 +19,12 @@ from bridge.spec import ModelSpec
 from bridge.storage.philox import fill_words, mean_and_std
 from bridge.storage.safetensors import INDEX_NAME, layout_shards, total_nbytes
 from bridge.storage.source import TensorInfo
-from bridge.storage.target import new_directory, read_small_file, write_small_file
+from bridge.storage.target import (
+    new_directory,
+    read_small_file,
+    refuse_overlap,
+    write_small_file,
+)
 from bridge.tiling import Box, Tiling
 from bridge.transfer import Advance, TransferLimits, write_files
 
@@ -95,6 +100,7 @@ def synthesize(
     Returns:
         Bytes of weights written.
     """
+    refuse_overlap(target, [config])
     raw = read_small_file(config / "config.json" if config.is_dir() else config)
     spec = spec_from_hf_config(load_hf_config(config), where=str(config))
     source = SyntheticSource(spec, seed=seed)

@@ -12,6 +12,7 @@ from typing import Final
 from bridge.errors import CheckpointError, TargetExistsError, UsageError
 
 _PARTIAL: Final = ".partial-"
+_OLD: Final = "-old"
 # Weights in any format; an export writes its own.
 _WEIGHT_SUFFIXES: Final = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".nemo"}
@@ -47,26 +48,19 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
 
     A link is followed: what it points to is created or replaced. A failure removes what was built.
     A kill leaves a hidden `.NAME.partial-PID` that no reader mistakes for a checkpoint and that the
-    next attempt sweeps away. An existing target is replaced only with `overwrite`, and only once
-    the new one is complete.
+    next attempt on this machine sweeps away; had an old target been moved aside by then, it is put
+    back first. An existing target is replaced only with `overwrite`, and only once the new one is
+    complete.
 
     Raises:
         TargetExistsError: BR304, the target exists and is not an empty directory.
         CheckpointError: BR300, the system refuses.
     """
     target = Path(os.path.realpath(target))
-    if target.exists() and not target.is_dir():
-        raise TargetExistsError("the target is a file", where=str(target), hint="give a directory")
-    if _occupied(target) and not overwrite:
-        raise TargetExistsError(
-            "the target already exists",
-            where=str(target),
-            hint="choose another directory, or pass --overwrite to replace it once the new one "
-            "is complete",
-        )
     partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
     try:
         _sweep(target)
+        _refuse_existing(target, overwrite=overwrite)
         partial.mkdir(parents=True)
     except OSError as error:
         raise CheckpointError(
@@ -84,14 +78,31 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _refuse_existing(target: Path, *, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise TargetExistsError("the target is a file", where=str(target), hint="give a directory")
+    if _occupied(target) and not overwrite:
+        raise TargetExistsError(
+            "the target already exists",
+            where=str(target),
+            hint="choose another directory, or pass --overwrite to replace it once the new one "
+            "is complete",
+        )
+
+
 def _occupied(target: Path) -> bool:
     return target.is_dir() and any(target.iterdir())
 
 
 def _sweep(target: Path) -> None:
-    for left in target.parent.glob(f".{target.name}{_PARTIAL}*"):
-        pid = left.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+    """Clear up after processes that were killed; give back a target they had moved aside."""
+    for left in sorted(target.parent.glob(f".{target.name}{_PARTIAL}*")):
+        pid = left.name.rpartition(_PARTIAL)[2].removesuffix(_OLD)
+        if not pid.isdigit() or Path(f"/proc/{pid}").exists():
+            continue
+        if left.name.endswith(_OLD) and not target.exists():
+            left.rename(target)
+        else:
             shutil.rmtree(left, ignore_errors=True)
 
 
@@ -110,7 +121,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
             target.rmdir()
         partial.rename(target)
         return
-    old = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}-old"
+    old = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}{_OLD}"
     target.rename(old)
     try:
         partial.rename(target)

@@ -526,3 +526,62 @@ def test_what_is_not_carried_is_said(super_checkpoint: Path, tmp_path: Path) -> 
         "not carried: .cache/lock",
         "not carried: adapter.safetensors",
     } == left
+
+
+def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(
+    super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The old target, moved aside by a process that is gone, is put back by the next attempt."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    before = files_of(tmp_path / "megatron")
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait(timeout=60)
+    (tmp_path / "megatron").rename(tmp_path / f".megatron.partial-{gone.pid}-old")
+    (tmp_path / f".megatron.partial-{gone.pid}").mkdir()
+    with pytest.raises(TargetExistsError):
+        import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    assert before == files_of(tmp_path / "megatron")
+    assert {"hf", "megatron"} == {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_synthetic_checkpoint_does_not_replace_its_own_configuration(
+    super_checkpoint: Path,
+) -> None:
+    """--overwrite onto the directory the configuration is read from is refused."""
+    from bridge.storage.synthetic import synthesize
+
+    before = files_of(super_checkpoint)
+    with pytest.raises(UsageError):
+        synthesize(
+            super_checkpoint / "config.json",
+            super_checkpoint,
+            seed=0,
+            max_shard_size=10**9,
+            limits=TransferLimits(),
+            advance=lambda _nbytes: None,
+            overwrite=True,
+        )
+    assert before == files_of(super_checkpoint)
+
+
+def test_a_parameter_stored_under_two_keys_is_refused(
+    super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """With the `model.` prefix and without it: neither is taken over the other."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    twice = tmp_path / "twice" / "iter_0000000"
+    twice.parent.mkdir()
+    name = "decoder.final_layernorm.weight"
+    save(
+        {name: torch.ones(4), f"model.{name}": torch.zeros(4)},
+        storage_writer=FileSystemWriter(twice),
+        no_dist=True,
+    )
+    for file in ("metadata.json", "common.pt"):
+        shutil.copy(tmp_path / "megatron" / "iter_0000000" / file, twice / file)
+    with pytest.raises(CorruptFileError, match="is stored as"):
+        export_checkpoint(twice, tmp_path / "back", hf_model=super_checkpoint)
