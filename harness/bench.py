@@ -24,7 +24,7 @@ from harness.hooks import HEALTHY, Fault
 from harness.launcher import DEFAULT_TIMEOUT, RankPool
 from harness.layouts import resolve_layout
 from harness.live import ModelRequest
-from harness.oracle import forward
+from harness.oracle import Weight, forward
 from harness.probes import Probe, long_probe, short_probe
 from harness.ranks import RankFunction
 from harness.reference import hf_logits, load_hf_model
@@ -76,6 +76,8 @@ class Bench:
         timeout: Seconds one case may keep the ranks busy.
         log_dir: Where ranks log; None for a private directory.
         thresholds: Limits; None for `suites/thresholds.toml`.
+        healthy: A bench without a fault, whose ranks and whatever the fault does not touch are
+            used; see `under`.
     """
 
     def __init__(
@@ -87,15 +89,27 @@ class Bench:
         timeout: float = DEFAULT_TIMEOUT,
         log_dir: Path | None = None,
         thresholds: Thresholds | None = None,
+        healthy: Bench | None = None,
     ) -> None:
         self.workdir = workdir
+        self._healthy = healthy
         self.subjects = dict(subjects or {})
         self.fault = fault
         self.timeout = timeout
         self.log_dir = log_dir
         self.thresholds = thresholds or load_thresholds()
         self._made: dict[tuple[object, ...], Any] = {}
-        self._pools: dict[str, RankPool] = {}
+        self._pools: dict[str, RankPool] = {} if healthy is None else healthy._pools  # noqa: SLF001 - its own class
+
+    def under(self, fault: Fault) -> Bench:
+        """The same bench with a fault: it shares ranks, and all that the fault leaves alone.
+
+        It lives no longer than this one, and is not to be closed.
+        """
+        return Bench(
+            self.workdir, subjects=self.subjects, fault=fault, timeout=self.timeout,
+            log_dir=self.log_dir, thresholds=self.thresholds, healthy=self,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +123,11 @@ class Bench:
             pool.close()
         self._pools.clear()
 
-    def _once(self, *key: object, make: Callable[[], _Value]) -> _Value:
+    def _once(self, *key: object, make: Callable[[], _Value], spoilt: bool | None = None) -> _Value:
+        """What `make` gives, made once; where the fault has not spoilt it, once for all faults."""
+        spoilt = self.fault is not HEALTHY if spoilt is None else spoilt
+        if not spoilt and self._healthy is not None:
+            return self._healthy._once(*key, make=make)  # noqa: SLF001 - its own class
         if key not in self._made:
             self._made[key] = make()
         found: _Value = self._made[key]
@@ -136,12 +154,12 @@ class Bench:
             write_checkpoint(toy_named(case.model), directory, dtype=case.dtype)
             return directory
 
-        return self._once("checkpoint", case.model, case.dtype, make=write)
+        return self._once("checkpoint", case.model, case.dtype, make=write, spoilt=False)
 
     def config(self, case: Case) -> dict[str, Any]:
         """Its parsed `config.json`."""
         path = self.checkpoint(case)
-        return self._once("config", path, make=lambda: load_hf_config(path))
+        return self._once("config", path, make=lambda: load_hf_config(path), spoilt=False)
 
     def spec(self, case: Case) -> ModelSpec:
         """What the bridge takes the model for."""
@@ -194,6 +212,8 @@ class Bench:
         target = self.fresh(f"{megatron.name}-hf")
         with self.fault.changed_code():
             export_checkpoint(megatron, target, hf_model=hf_model, options=self._options(case))
+        if self.fault.exported is not None:
+            self.fault.exported(target)
         return target
 
     def fresh(self, name: str) -> Path:
@@ -210,7 +230,7 @@ class Bench:
             coded.write_checkpoint(coded.codes_of(hf), directory, config=self.config(case))
             return directory
 
-        return self._once("coded", hf, make=write)
+        return self._once("coded", hf, make=write, spoilt=False)
 
     def coded_megatron(self, case: Case) -> Path:
         """The same as a `torch_dist` that the bridge has written."""
@@ -233,24 +253,49 @@ class Bench:
     def reference(self, case: Case) -> Reference:
         """What the Hugging Face model makes of every probe, in the case's dtype."""
         path = self.checkpoint(case)
-        return self._once("reference", path, case.dtype, make=lambda: self._reference(case, path))
+        return self._once(
+            "reference", path, case.dtype, make=lambda: self._reference(case),
+            spoilt=self.fault.reference is not None,
+        )  # fmt: skip
 
-    def _reference(self, case: Case, path: Path) -> Reference:
-        logger.info("reference logits of %s in %s", case.model, case.dtype)
-        subject = self.subject(case.model)
-        model = load_hf_model(
-            path,
-            dtype=case.dtype,
-            trust_remote_code=subject.trust_remote_code,
-            carry=subject.carry,
+    def hf_model(self, case: Case) -> Any:  # noqa: ANN401 - transformers is not typed
+        """The live Hugging Face model in the case's dtype; whoever hooks into it takes it out."""
+        path, subject = self.checkpoint(case), self.subject(case.model)
+
+        def load() -> Any:  # noqa: ANN401 - as above
+            found = load_hf_model(
+                path,
+                dtype=case.dtype,
+                trust_remote_code=subject.trust_remote_code,
+                carry=subject.carry,
+            )
+            if self.fault.reference is not None:
+                self.fault.reference(found)
+            return found
+
+        return self._once(
+            "hf model", path, case.dtype, make=load, spoilt=self.fault.reference is not None
         )
-        if self.fault.reference is not None:
-            self.fault.reference(model)
+
+    def _reference(self, case: Case) -> Reference:
+        logger.info("reference logits of %s in %s", case.model, case.dtype)
+        model = self.hf_model(case)
         logits = {}
         for name in ("short", "long"):
             probe = self.probe(case, name)
             logits[name] = hf_logits(model, probe.input_ids, probe.position_ids)
         return Reference(logits=logits, inv_freq=model.model.rotary_emb.inv_freq.cpu().numpy())
+
+    def oracle_config(self, case: Case) -> dict[str, Any]:
+        """The configuration as the oracle is given it."""
+        config = self.config(case)
+        return config if self.fault.oracle is None else self.fault.oracle(config)
+
+    def oracle_weight(self, case: Case) -> Weight:
+        """The weights by name, as the oracle wants them."""
+        path = self.checkpoint(case)
+        found: Weight = oracle_weights(path)
+        return found
 
     def oracle_logits(self, case: Case) -> Array:
         """The truth on the case's probe: (batch, seq, vocab_size), float64."""
@@ -260,10 +305,15 @@ class Bench:
         def compute() -> Array:
             logger.info("oracle logits of %s, %s probe", case.model, probe.name)
             return forward(
-                self.config(case), oracle_weights(path), probe.input_ids, probe.position_ids
+                self.oracle_config(case),
+                self.oracle_weight(case),
+                probe.input_ids,
+                probe.position_ids,
             )
 
-        return self._once("oracle", path, probe.name, make=compute)
+        return self._once(
+            "oracle", path, probe.name, make=compute, spoilt=self.fault.oracle is not None
+        )
 
     # Ranks
 

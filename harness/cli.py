@@ -114,7 +114,7 @@ def _verification_cases(
 
     model = path.resolve().name
     first: list[tuple[str, Sequence[str | None]]] = [("config", (None,))]
-    first.append(("weights", (None,)) if imported else ("round_trip", _CUT_FOR))
+    first.append(("round_trip", _CUT_FOR))
     cases = [
         Case(check=check, model=model, dtype=dtype, layout=layout, device=device)
         for check, places in (*first, ("placement", layouts), ("rope", layouts))

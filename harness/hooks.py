@@ -24,20 +24,31 @@ class Fault:
 
     Args:
         name: Id; part of every cache key, so that healthy and faulty models are never mixed up.
+        family: What goes wrong: mapping, layout, configuration, rope, norm, parallel, storage,
+            reference or launch.
+        stands_for: The real bug it stands for, one sentence.
+        applies: Whether a model has what it spoils; None for any model.
         spec: The bridge understands the configuration differently.
         code: The bridge's code is different: entered around every conversion in this process and
             around every function in a rank.
         rank: Something is different on some ranks only.
         checkpoint: Damages a converted Megatron checkpoint, given its root directory.
+        exported: Damages an exported Hugging Face directory.
         reference: Changes the Hugging Face model in memory.
+        oracle: The oracle reads another configuration.
     """
 
     name: str
+    family: str = ""
+    stands_for: str = ""
+    applies: Callable[[ModelSpec], bool] | None = None
     spec: Callable[[ModelSpec], ModelSpec] | None = None
     code: CodeChange | None = None
     rank: Hook | None = None
     checkpoint: Callable[[Path], None] | None = None
+    exported: Callable[[Path], None] | None = None
     reference: Callable[[Any], None] | None = None
+    oracle: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     def changed_code(self) -> contextlib.AbstractContextManager[None]:
         """The changed bridge, for as long as the context lasts."""

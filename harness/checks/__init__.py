@@ -50,12 +50,9 @@ _ALL: Final = (
     ),
     Check(
         name="round_trip",
-        claim="Hugging Face to torch_dist and back gives every file again, byte for byte",
+        claim="a Megatron checkpoint holds exactly the bits of the Hugging Face one, and an export "
+        "of it gives every file again, byte for byte",
         axes=_LAYOUT,
-    ),
-    Check(
-        name="weights",
-        claim="a Megatron checkpoint holds exactly the bits of the Hugging Face one",
     ),
     Check(
         name="placement",
@@ -63,8 +60,15 @@ _ALL: Final = (
         axes=_LAYOUT,
     ),
     Check(
+        name="resharding",
+        claim="a checkpoint cut for any layout loads at any other, bit for bit, by the bridge and "
+        "by Megatron-Core's own loader; what Megatron-Core saves is exported again",
+        axes=_LAYOUT,
+    ),
+    Check(
         name="rope",
-        claim="every model part rotates by the reference's frequencies, bit for bit",
+        claim="every model part rotates by the reference's frequencies, bit for bit, at every "
+        "position",
         axes=_LAYOUT,
     ),
     Check(
@@ -78,9 +82,25 @@ _ALL: Final = (
         axes=_LAYOUT_PROBE,
     ),
     Check(
-        name="megatron_load",
-        claim="Megatron-Core's own loader takes our checkpoint, and we take Megatron-Core's",
+        name="blocks",
+        claim="each block is as close to the truth as the reference's, given the same input and "
+        "running free",
+        axes=_LAYOUT_PROBE,
+    ),
+    Check(
+        name="gradients",
+        claim="the loss and every parameter's gradient are as close to the truth as the "
+        "reference's",
         axes=_LAYOUT,
+    ),
+    Check(
+        name="generation",
+        claim="greedy decoding picks the reference's tokens, but where two are equally likely",
+        axes=_LAYOUT,
+    ),
+    Check(
+        name="golden",
+        claim="configuration, plan, weights and logits are those on record",
     ),
 )
 CHECKS: Final[Mapping[str, Check]] = {check.name: check for check in _ALL}

@@ -1,31 +1,30 @@
-"""Hugging Face to torch_dist and back: the same files, each byte for byte."""
+"""Hugging Face to torch_dist and back: the same bits in the middle, the same files at the end.
+
+A user's own Megatron checkpoint is held against the source bit by bit, and not exported: what an
+export of it gives is the user's business.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Final
 
 from bridge.errors import CheckpointError
 from bridge.plan import Plan
 from bridge.spec import ModelSpec
 from harness.bench import BASE_LAYOUT, Bench
 from harness.compare import Finding, exact, read_safetensors, tensor_differences
+from harness.stored import against_source, in_megatron
 from harness.suite import Case
-
-_PARTS: Final = {
-    "q_proj": "queries",
-    "k_proj": "key",
-    "v_proj": "value",
-    "gate_proj": "gate",
-    "up_proj": "up",
-}
 
 
 def run(case: Case, bench: Bench) -> Finding:
-    """Import for the case's layout, export, compare directories."""
-    source = bench.checkpoint(case)
-    megatron = bench.converted(case, layout=case.layout or BASE_LAYOUT)
+    """Import for the case's layout, compare, export, compare directories."""
+    source, given = bench.checkpoint(case), bench.subject(case.model).megatron
+    megatron = given or bench.converted(case, layout=case.layout or BASE_LAYOUT)
+    middle = against_source(case, bench, megatron)
+    if given is not None or not middle.passed:
+        return middle
     spec = bench.spec(case)
     plan = plan_of(bench, case, spec)
     try:
@@ -99,26 +98,6 @@ def _tensor_problems(back: Path, source: Path, plan: Plan) -> tuple[list[str], i
         tile = f"; {in_megatron(plan, name, located[name])}" if name in located else ""
         problems.append(problem + tile)
     return problems, compared
-
-
-def in_megatron(plan: Plan, name: str, index: tuple[int, ...]) -> str:
-    """Where an HF element is in Megatron's tensors: the element, and the rows it belongs to."""
-    tiles = plan.mcore_to_hf[name].tiles
-    for number, tile in enumerate(tiles):
-        inside = all(
-            a <= i < b
-            for a, i, b in zip(tile.target_box.starts, index, tile.target_box.stops, strict=True)
-        )
-        if inside:
-            target, at = plan.mcore_to_hf[name].locate(index)
-            first, last = tile.source_box.starts[0], tile.source_box.stops[0] - 1
-            part = _PARTS.get(name.rpartition(".weight")[0].rpartition(".")[2], "")
-            if part and target is not None and target.endswith("linear_qkv.weight"):
-                part = f" = query group {number}'s {part}"
-            elif part:
-                part = f" = {part}"
-            return f"in {target}{list(at)}, rows {first}-{last}{part}"
-    return f"nowhere in Megatron's tensors: {name}{list(index)}"
 
 
 def _files(directory: Path) -> dict[str, Path]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Final
 
 from bridge.agreement import spec_differences, spec_of_args
 from bridge.conversion import nonzero_padding
@@ -15,15 +17,21 @@ from bridge.storage.megatron import MegatronSource
 from bridge.storage.safetensors import SafetensorsSource
 from bridge.transfer import TransferLimits, compare
 from harness.bench import Bench
-from harness.checks.round_trip import in_megatron
 from harness.compare import Finding, exact
 from harness.suite import Case
 
+_PARTS: Final = {
+    "q_proj": "queries",
+    "k_proj": "key",
+    "v_proj": "value",
+    "gate_proj": "gate",
+    "up_proj": "up",
+}
 
-def run(case: Case, bench: Bench) -> Finding:
-    """Compare the user's Megatron checkpoint, or our own conversion, with the source."""
+
+def against_source(case: Case, bench: Bench, megatron: Path) -> Finding:
+    """Compare a Megatron checkpoint of the case's model with the Hugging Face one."""
     hf, spec = bench.checkpoint(case), bench.spec(case)
-    megatron = bench.subject(case.model).megatron or bench.converted(case)
     with MegatronSource(megatron) as actual, SafetensorsSource(hf) as expected:
         with bench.fault.changed_code():
             plan = Plan.of_checkpoint(spec, actual.tensors)
@@ -86,3 +94,23 @@ def _values(source: MegatronSource, spec: ModelSpec) -> list[str]:
         return []
     differences = spec_differences(spec, said, names=("config.json", "the checkpoint's args"))
     return [f"{source.args_where}: {difference}" for difference in differences]
+
+
+def in_megatron(plan: Plan, name: str, index: tuple[int, ...]) -> str:
+    """Where an HF element is in Megatron's tensors: the element, and the rows it belongs to."""
+    tiles = plan.mcore_to_hf[name].tiles
+    for number, tile in enumerate(tiles):
+        inside = all(
+            a <= i < b
+            for a, i, b in zip(tile.target_box.starts, index, tile.target_box.stops, strict=True)
+        )
+        if inside:
+            target, at = plan.mcore_to_hf[name].locate(index)
+            first, last = tile.source_box.starts[0], tile.source_box.stops[0] - 1
+            part = _PARTS.get(name.rpartition(".weight")[0].rpartition(".")[2], "")
+            if part and target is not None and target.endswith("linear_qkv.weight"):
+                part = f" = query group {number}'s {part}"
+            elif part:
+                part = f" = {part}"
+            return f"in {target}{list(at)}, rows {first}-{last}{part}"
+    return f"nowhere in Megatron's tensors: {name}{list(index)}"

@@ -10,8 +10,9 @@ from __future__ import annotations
 from bridge.errors import CheckpointError
 from harness import live
 from harness.bench import Bench
-from harness.checks.round_trip import in_megatron, plan_of
+from harness.checks.round_trip import plan_of
 from harness.compare import Finding, exact, read_safetensors, tensor_differences
+from harness.stored import in_megatron
 from harness.suite import Case
 
 
