@@ -56,6 +56,27 @@ def tests(session: nox.Session) -> None:
     session.run(python, "-m", "pytest", "-n", "2", "--dist", "loadfile", *session.posargs)
 
 
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Break the bridge in every known way on several toys; any survivor fails."""
+    python = environment(session)
+    session.run(python, "-m", "harness", "faults", *session.posargs)
+
+
+@nox.session
+def alarms(session: nox.Session) -> None:
+    """Run 200 healthy random models through every check (1,000: `-- --count 1000`)."""
+    python = environment(session)
+    session.run(python, "-m", "harness", "alarms", *session.posargs)
+
+
+@nox.session
+def golden(session: nox.Session) -> None:
+    """Hold configurations, plans, weights and logits to those on record."""
+    python = environment(session)
+    session.run(python, "-m", "harness", "golden", "check", *session.posargs)
+
+
 @nox.session(name="property")
 def property_(session: nox.Session) -> None:
     """Run the property-based tests; the profile comes from HYPOTHESIS_PROFILE (default ci)."""

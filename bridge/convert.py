@@ -8,7 +8,7 @@ and only then let the target appear.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -55,6 +55,7 @@ def import_checkpoint(
     *,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
+    num_layers_per_stage: Sequence[int] | None = None,
     make_vocab_size_divisible_by: int = 128,
     options: ConversionOptions | None = None,
 ) -> ConversionReport:
@@ -69,6 +70,7 @@ def import_checkpoint(
         megatron: Directory to create.
         tensor_model_parallel_size: TP the files are cut for.
         pipeline_model_parallel_size: PP the files are cut for.
+        num_layers_per_stage: Layers of each pipeline rank; by default they are balanced.
         make_vocab_size_divisible_by: The vocabulary is padded to a multiple of this times TP.
         options: Memory, verification, progress.
 
@@ -84,6 +86,7 @@ def import_checkpoint(
         spec,
         tensor_model_parallel_size=tensor_model_parallel_size,
         pipeline_model_parallel_size=pipeline_model_parallel_size,
+        num_layers_per_stage=num_layers_per_stage,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
     plan = Plan(spec, checkpoint_args(spec, layout)["padded_vocab_size"])

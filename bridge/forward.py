@@ -7,6 +7,7 @@ rank to rank by plain send and receive, interleaved or not. Every rank of the la
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def forward(
         position_ids: (seq,) or (batch, seq), for RoPE; None for 0..seq-1. Attention stays causal by
             index, wherever the positions lie.
         grad: Record the computation, for `backward` on this rank's parameters. Only without
-            pipeline parallelism, because plain send and receive carry no gradient.
+            pipeline parallelism, because plain send and receive carry no gradient;
+            `bridge.backward` takes gradients through any layout.
 
     Returns:
         (batch, seq, vocab_size), in the dtype the model computes in, gathered over TP, without the
@@ -45,15 +47,73 @@ def forward(
         InconsistentConfigError: BR104, shapes that do not fit, or token ids outside the vocabulary.
         LayoutError: BR200, gradients across pipeline ranks.
     """
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
     if grad and layout.pipeline_model_parallel_size > 1:
         raise LayoutError(
             f"gradients across the pipeline stages of {layout.name}",
-            hint="use a layout with pipeline_model_parallel_size 1, or Megatron's own schedules",
+            hint="bridge.backward.loss_and_gradients takes them back through the stages",
         )
-    device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
+    done = run_stages(model_parts, spec, layout, input_ids, position_ids, grad=grad)
+    logits = done.logits
+    if logits is None:
+        dtype, device = _dtype(model_parts), current_device()
+        logits = torch.empty(*input_ids.shape, spec.vocab_size, dtype=dtype, device=device)
+    if layout.pipeline_model_parallel_size > 1:
+        torch.distributed.broadcast(logits, done.last_rank, group=done.group)
+    return logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRun:
+    """A stage that this rank has run.
+
+    Args:
+        stage: Which.
+        received: The hidden states it was given; None where it embeds tokens.
+        output: What it made of them: hidden states, or this TP rank's share of the logits.
+    """
+
+    stage: Stage
+    received: torch.Tensor | None
+    output: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passage:
+    """A batch that has gone through all stages, as one rank has seen it.
+
+    Args:
+        runs: What this rank ran, in order; kept only for a backward pass.
+        logits: (batch, seq, vocab_size), gathered and without padding, on the last stage's rank.
+        group: The ranks of this pipeline.
+        ranks: Their global ranks by pipeline rank.
+        last_rank: Global rank of the one that has the logits.
+    """
+
+    runs: Sequence[StageRun]
+    logits: torch.Tensor | None
+    group: Any
+    ranks: Sequence[int]
+    last_rank: int
+
+
+def run_stages(
+    model_parts: Sequence[Any],
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    *,
+    grad: bool,
+) -> Passage:
+    """Take a batch through all stages; arguments and errors are those of `forward`.
+
+    With `grad` each stage records its own computation, from what it received to what it sent; what
+    lies between two ranks is for `bridge.backward` to bridge.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    device, dtype = current_device(), _dtype(model_parts)
     input_ids = input_ids.to(device)
     if position_ids is not None:
         position_ids = position_ids.to(device)
@@ -61,41 +121,42 @@ def forward(
     batch, num_tokens = input_ids.shape
     if layout.sequence_parallel:
         input_ids, position_ids = _pad(input_ids, position_ids, layout)
+    length = input_ids.shape[1]
+    if layout.sequence_parallel:
+        length //= layout.tensor_model_parallel_size
     mask = _causal_mask(model_parts, input_ids)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
-    pp_group = parallel_state.get_pipeline_model_parallel_group()
-    ranks = torch.distributed.get_process_group_ranks(pp_group)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    ranks = torch.distributed.get_process_group_ranks(group)
     stages = list(layout.stages())
-    dtype = _dtype(model_parts)
-    hidden = torch.empty(0)
+    runs: list[StageRun] = []
+    hidden: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     with torch.set_grad_enabled(grad):
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
             if stage.pp_rank == pp_rank:
-                hidden = _run(
-                    model_parts[stage.vp_stage], stage, hidden, input_ids, position_ids, mask
-                )
+                part = model_parts[stage.vp_stage]
+                output = _run(part, stage, hidden, input_ids, position_ids, mask)
+                if grad:
+                    runs.append(StageRun(stage=stage, received=hidden, output=output))
+                hidden = output
                 if following is not None:
-                    _send(hidden, ranks[following.pp_rank], pp_group)
+                    send(output.detach(), ranks[following.pp_rank], group)
             elif following is not None and following.pp_rank == pp_rank:
-                length = input_ids.shape[1]
-                if layout.sequence_parallel:
-                    length //= layout.tensor_model_parallel_size
                 hidden = torch.empty(length, batch, spec.hidden_size, dtype=dtype, device=device)
-                _receive(hidden, ranks[stage.pp_rank], pp_group)
+                receive(hidden, ranks[stage.pp_rank], group)
+                hidden.requires_grad_(grad)
         if stages[-1].pp_rank == pp_rank:
-            logits: torch.Tensor = gather_from_tensor_model_parallel_region(hidden)
+            logits = gather_from_tensor_model_parallel_region(hidden)
             logits = logits[:, :num_tokens, : spec.vocab_size].contiguous()
-        else:
-            logits = torch.empty(batch, num_tokens, spec.vocab_size, dtype=dtype, device=device)
-    if layout.pipeline_model_parallel_size > 1:
-        torch.distributed.broadcast(logits, ranks[stages[-1].pp_rank], group=pp_group)
-    return logits
+    last_rank = ranks[stages[-1].pp_rank]
+    return Passage(runs=runs, logits=logits, group=group, ranks=ranks, last_rank=last_rank)
 
 
 def _run(
     part: Any,  # noqa: ANN401 - GPTModel, which ships no types
     stage: Stage,
-    hidden: torch.Tensor,
+    hidden: torch.Tensor | None,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
     mask: torch.Tensor | None,
@@ -154,6 +215,11 @@ def _causal_mask(model_parts: Sequence[Any], input_ids: torch.Tensor) -> torch.T
     return ones.triu(1)[None, None]
 
 
+def current_device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
+
+
 def _on_gpu() -> bool:
     # Not `torch.cuda.is_available`: a CPU run may be asked for beside a GPU, see bridge.platform.
     return not isinstance(torch.cuda.current_device(), torch.device)
@@ -164,11 +230,13 @@ def _dtype(model_parts: Sequence[Any]) -> torch.dtype:
     return dtype
 
 
-def _send(hidden: torch.Tensor, rank: int, group: Any) -> None:  # noqa: ANN401 - ProcessGroup, untyped here
+def send(hidden: torch.Tensor, rank: int, group: Any) -> None:  # noqa: ANN401 - ProcessGroup, untyped here
+    """Send a stage's hidden states, or their gradient, to a global rank; see `receive`."""
     torch.distributed.send(_for_wire(hidden.contiguous(), group), rank, group=group)
 
 
-def _receive(hidden: torch.Tensor, rank: int, group: Any) -> None:  # noqa: ANN401 - ProcessGroup, untyped here
+def receive(hidden: torch.Tensor, rank: int, group: Any) -> None:  # noqa: ANN401 - ProcessGroup, untyped here
+    """Fill a tensor with what a global rank sends."""
     wire = _for_wire(hidden, group)
     torch.distributed.recv(wire, rank, group=group)
     if wire is not hidden:

@@ -21,7 +21,7 @@ from bridge.parameters import (
 )
 from bridge.spec import Linear, ModelSpec, ParallelLayout
 
-_NAME_PART: Final = re.compile(r"(tp|pp|vp)([1-9][0-9]*)|(sp)")
+_NAME_PART: Final = re.compile(r"(tp|pp|vp)([1-9][0-9]*)|(sp)|l([0-9]{1,6}(?:\.[0-9]{1,6})*)")
 _FARTHEST_MOVE: Final = 4
 """Layers a boundary may jump at once while pipeline ranks are evened out over their stages."""
 
@@ -124,20 +124,25 @@ def parse_layout(
 ) -> ParallelLayout:
     """Plan the layout that a name such as `tp2-pp2-vp2-sp` asks for; parts left out are 1.
 
-    Inverse: `ParallelLayout.name`, for layouts whose stages `plan_layout` chose.
+    `tp1-pp2-l5.3` gives the layers of each stage, in the model's order; without it `plan_layout`
+    chooses them. Inverse: `ParallelLayout.name`, for layouts whose stages were chosen.
 
     Raises:
         LayoutError: BR200, not a layout name; and whatever `plan_layout` raises.
     """
     sizes: dict[str, int] = {}
+    stages: tuple[int, ...] | None = None
     for part in name.split("-"):
         match = _NAME_PART.fullmatch(part)
+        if match is not None and match[4] and stages is None:
+            stages = tuple(map(int, match[4].split(".")))
+            continue
         key = (match[1] or match[3]) if match else None
         if match is None or key is None or key in sizes:
             raise LayoutError(
                 f"{name!r} is not a parallel layout",
                 where=f"part {part!r}",
-                hint="write it as tp2-pp1, tp2-pp2-vp2 or tp4-pp1-sp, each part once",
+                hint="write it as tp2-pp1, tp2-pp2-vp2, tp4-pp1-sp or tp1-pp2-l5.3, each part once",
             )
         sizes[key] = int(match[2] or 1)
     return plan_layout(
@@ -146,6 +151,7 @@ def parse_layout(
         pipeline_model_parallel_size=sizes.get("pp", 1),
         virtual_pipeline_model_parallel_size=sizes.get("vp"),
         sequence_parallel="sp" in sizes,
+        num_layers_per_stage=stages,
         make_vocab_size_divisible_by=make_vocab_size_divisible_by,
     )
 

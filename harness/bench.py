@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar
 
@@ -16,18 +16,30 @@ import numpy as np
 
 from bridge.conversion import ConversionOptions
 from bridge.convert import export_checkpoint, import_checkpoint, read_spec
+from bridge.errors import BridgeError, ConfigError
 from bridge.hf_config import load_hf_config
 from bridge.spec import ModelSpec, ParallelLayout
-from harness import coded, live
-from harness.compare import oracle_weights
+from harness import block_states, coded, live, localize
+from harness.block_states import Witnesses
+from harness.compare import oracle_weights, read_safetensors
+from harness.detached import DetachedReference
+from harness.errors import ReferenceUnavailableError
+from harness.generation import Generated, hf_greedy, prompts_of
+from harness.gradients import ReferenceGradients, hf_loss_and_gradients
+from harness.golden import cases as golden_cases
+from harness.golden.tensors import describe_tensors
 from harness.hooks import HEALTHY, Fault
 from harness.launcher import DEFAULT_TIMEOUT, RankPool
 from harness.layouts import resolve_layout
 from harness.live import ModelRequest
+from harness.live_blocks import Gathered
+from harness.localize import Localisation
+from harness.logits_file import as_probe, read_input
 from harness.oracle import Weight, forward
-from harness.probes import Probe, long_probe, short_probe
+from harness.oracle_gradients import LossAndGradients, loss_and_gradients
+from harness.probes import INPUT_PROBE, Probe, probe_named
 from harness.ranks import RankFunction
-from harness.reference import hf_logits, load_hf_model
+from harness.reference import hf_inv_freq, hf_logits, load_hf_model
 from harness.suite import Case
 from harness.thresholds import Thresholds, load_thresholds
 from harness.toys import toy_named, write_checkpoint
@@ -49,6 +61,9 @@ class Subject:
         megatron: A Megatron checkpoint to be held against it, where the user has one.
         trust_remote_code: Run the checkpoint's own code as the reference.
         carry: Unknown fields of its configuration that the user lets through.
+        input: A file of tokens that is the probe `input`.
+        references: Probe to logits that were computed elsewhere, in the dtype of the run. With any
+            of them, a reference model that cannot be run here is no error.
     """
 
     name: str
@@ -56,14 +71,8 @@ class Subject:
     megatron: Path | None = None
     trust_remote_code: bool = False
     carry: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
-    """What the Hugging Face model gives: logits by probe, (batch, seq, vocab_size), and RoPE."""
-
-    logits: Mapping[str, Array]
-    inv_freq: Array
+    input: Path | None = None
+    references: Mapping[str, DetachedReference] = field(default_factory=dict, compare=False)
 
 
 class Bench:
@@ -93,6 +102,8 @@ class Bench:
     ) -> None:
         self.workdir = workdir
         self._healthy = healthy
+        self.localises: bool = healthy is None or healthy.localises
+        """Whether failed parity is explained; thousands of deliberate failures need not be."""
         self.subjects = dict(subjects or {})
         self.fault = fault
         self.timeout = timeout
@@ -110,6 +121,19 @@ class Bench:
             self.workdir, subjects=self.subjects, fault=fault, timeout=self.timeout,
             log_dir=self.log_dir, thresholds=self.thresholds, healthy=self,
         )  # fmt: skip
+
+    def beside(self, workdir: Path, subjects: Mapping[str, Subject]) -> Bench:
+        """A bench for other models, with the same fault, on the same ranks.
+
+        What it makes is forgotten with it. It lives no longer than this one, and is not to be
+        closed.
+        """
+        found = Bench(
+            workdir, subjects=subjects, fault=self.fault, timeout=self.timeout,
+            log_dir=self.log_dir, thresholds=self.thresholds,
+        )  # fmt: skip
+        found._pools = self._pools  # noqa: SLF001 - its own class
+        return found
 
     def __enter__(self) -> Self:
         return self
@@ -136,12 +160,18 @@ class Bench:
     # Models
 
     def subject(self, name: str) -> Subject:
-        """The model of this name: one of the user's, or a toy.
+        """The model of this name: one of the user's, a golden one, or a toy.
 
         Raises:
-            ConfigError: BR100, neither.
+            ConfigError: BR100, none of them.
         """
-        return self.subjects.get(name) or Subject(name=toy_named(name).name)
+        if name in self.subjects:
+            return self.subjects[name]
+        if name.startswith(golden_cases.PREFIX):
+            golden_cases.golden_model(name)
+        else:
+            toy_named(name)
+        return Subject(name=name)
 
     def checkpoint(self, case: Case) -> Path:
         """The Hugging Face checkpoint directory of a case's model."""
@@ -151,7 +181,11 @@ class Bench:
 
         def write() -> Path:
             directory = self.workdir / f"{case.model}-{case.dtype}" / "hf"
-            write_checkpoint(toy_named(case.model), directory, dtype=case.dtype)
+            if case.model.startswith(golden_cases.PREFIX):
+                model = golden_cases.golden_model(case.model)
+                golden_cases.write_checkpoint(model, directory, dtype=case.dtype)
+            else:
+                write_checkpoint(toy_named(case.model), directory, dtype=case.dtype)
             return directory
 
         return self._once("checkpoint", case.model, case.dtype, make=write, spoilt=False)
@@ -186,9 +220,12 @@ class Bench:
             layout: Ranks that the files are cut for.
         """
         hf = self.checkpoint(case)
+        fault = self.fault
         return self._once(
-            "converted", hf, layout, make=lambda: self._import(case, hf, self.layout(case, layout))
-        )
+            "converted", hf, layout,
+            make=lambda: self._import(case, hf, self.layout(case, layout)),
+            spoilt=not (fault.spec is fault.code is fault.checkpoint is None),
+        )  # fmt: skip
 
     def _options(self, case: Case) -> ConversionOptions:
         return ConversionOptions(carry=self.subject(case.model).carry)
@@ -201,6 +238,10 @@ class Bench:
                 target,
                 tensor_model_parallel_size=layout.tensor_model_parallel_size,
                 pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+                num_layers_per_stage=[
+                    sum(len(stage.layers) for stage in layout.stages_of(pp_rank))
+                    for pp_rank in range(layout.pipeline_model_parallel_size)
+                ],
                 options=self._options(case),
             )
         if self.fault.checkpoint is not None:
@@ -220,6 +261,13 @@ class Bench:
         """A path in the working directory that does not exist yet."""
         number = sum(1 for _ in self.workdir.iterdir())
         return self.workdir / f"{number:04d}-{name}"
+
+    def stored_tensors(self, case: Case) -> dict[str, str]:
+        """Every tensor of the case's checkpoint, in words that change with any of its bits."""
+        path = self.checkpoint(case)
+        return self._once(
+            "stored", path, make=lambda: describe_tensors(read_safetensors(path)), spoilt=False
+        )
 
     def coded_checkpoint(self, case: Case) -> Path:
         """A checkpoint of the case's shapes whose elements say where they come from."""
@@ -243,32 +291,90 @@ class Bench:
     def probe(self, case: Case, name: str | None = None) -> Probe:
         """The case's probe, or another by name, for the case's model."""
         config = self.config(case)
-        wanted = name or case.probe
-        if wanted == "short":
-            return short_probe(config["vocab_size"])
-        return long_probe(
-            config["vocab_size"], max_position_embeddings=config["max_position_embeddings"]
+        wanted = name or case.probe or "long"
+        if wanted != INPUT_PROBE:
+            return probe_named(
+                wanted,
+                config["vocab_size"],
+                max_position_embeddings=config["max_position_embeddings"],
+            )
+        path = self.subject(case.model).input
+        if path is None:
+            raise ConfigError(f"{case.model} has no input of its own", where=case.id)
+        return self._once(
+            "input", path, make=lambda: as_probe(read_input(path), self.spec(case)), spoilt=False
         )
 
-    def reference(self, case: Case) -> Reference:
-        """What the Hugging Face model makes of every probe, in the case's dtype."""
-        path = self.checkpoint(case)
+    def detached(self, case: Case, name: str | None = None) -> DetachedReference | None:
+        """The file that stands for the reference on the case's probe, or another by name."""
+        wanted = name or case.probe or "long"
+        found = self.subject(case.model).references.get(wanted)
+        return found if found is None or found.provenance.dtype == case.dtype else None
+
+    def reference_logits(self, case: Case, name: str | None = None) -> Array:
+        """What the Hugging Face model makes of a probe, (batch, seq, vocab_size).
+
+        Raises:
+            ReferenceUnavailableError: HN204, see `hf_model`.
+        """
+        detached = self.detached(case, name)
+        if detached is not None:
+            return detached.logits
+        path, probe = self.checkpoint(case), self.probe(case, name)
+
+        def compute() -> Array:
+            logger.info("reference logits of %s in %s", case.model, case.dtype)
+            return hf_logits(self.hf_model(case), probe.input_ids, probe.position_ids)
+
         return self._once(
-            "reference", path, case.dtype, make=lambda: self._reference(case),
+            "reference", path, case.dtype, probe.name, make=compute,
             spoilt=self.fault.reference is not None,
         )  # fmt: skip
 
+    def reference_inv_freq(self, case: Case) -> Array:
+        """The rotary frequencies of the Hugging Face model, (kv_channels / 2,), float32.
+
+        Raises:
+            ReferenceUnavailableError: HN204, see `hf_model`.
+        """
+        found = self.detached_inv_freq(case)
+        if found is None:
+            found = hf_inv_freq(self.hf_model(case))
+        return np.empty(0, np.float32) if found is None else found
+
+    def detached_inv_freq(self, case: Case) -> Array | None:
+        """The same from a file that stands for the reference; None without one that has them."""
+        for name in self.subject(case.model).references:
+            detached = self.detached(case, name)
+            if detached is not None and detached.provenance.inv_freq is not None:
+                return detached.provenance.inv_freq
+        return None
+
     def hf_model(self, case: Case) -> Any:  # noqa: ANN401 - transformers is not typed
-        """The live Hugging Face model in the case's dtype; whoever hooks into it takes it out."""
+        """The live Hugging Face model in the case's dtype; whoever hooks into it takes it out.
+
+        Raises:
+            ReferenceUnavailableError: HN204, it cannot be had, and the user has brought logits
+                from where it can.
+        """
         path, subject = self.checkpoint(case), self.subject(case.model)
 
         def load() -> Any:  # noqa: ANN401 - as above
-            found = load_hf_model(
-                path,
-                dtype=case.dtype,
-                trust_remote_code=subject.trust_remote_code,
-                carry=subject.carry,
-            )
+            try:
+                found = load_hf_model(
+                    path,
+                    dtype=case.dtype,
+                    trust_remote_code=subject.trust_remote_code,
+                    carry=subject.carry,
+                )
+            except (BridgeError, ImportError, OSError, RuntimeError, ValueError) as error:
+                if not subject.references:
+                    raise
+                raise ReferenceUnavailableError(
+                    f"the reference model cannot be run here: {str(error).splitlines()[0]}",
+                    where=str(path),
+                    hint="what needs the model itself, and not its logits, is not checked",
+                ) from error
             if self.fault.reference is not None:
                 self.fault.reference(found)
             return found
@@ -276,15 +382,6 @@ class Bench:
         return self._once(
             "hf model", path, case.dtype, make=load, spoilt=self.fault.reference is not None
         )
-
-    def _reference(self, case: Case) -> Reference:
-        logger.info("reference logits of %s in %s", case.model, case.dtype)
-        model = self.hf_model(case)
-        logits = {}
-        for name in ("short", "long"):
-            probe = self.probe(case, name)
-            logits[name] = hf_logits(model, probe.input_ids, probe.position_ids)
-        return Reference(logits=logits, inv_freq=model.model.rotary_emb.inv_freq.cpu().numpy())
 
     def oracle_config(self, case: Case) -> dict[str, Any]:
         """The configuration as the oracle is given it."""
@@ -297,10 +394,10 @@ class Bench:
         found: Weight = oracle_weights(path)
         return found
 
-    def oracle_logits(self, case: Case) -> Array:
-        """The truth on the case's probe: (batch, seq, vocab_size), float64."""
+    def oracle_logits(self, case: Case, probe: Probe | None = None) -> Array:
+        """The truth on the case's probe, or another: (batch, seq, vocab_size), float64."""
         path = self.checkpoint(case)
-        probe = self.probe(case)
+        probe = probe or self.probe(case)
 
         def compute() -> Array:
             logger.info("oracle logits of %s, %s probe", case.model, probe.name)
@@ -314,6 +411,61 @@ class Bench:
         return self._once(
             "oracle", path, probe.name, make=compute, spoilt=self.fault.oracle is not None
         )
+
+    def generated(self, case: Case) -> Generated:
+        """What the Hugging Face model goes on to say, decoding with its cache."""
+        path = self.checkpoint(case)
+        return self._once(
+            "generated", path, case.dtype,
+            make=lambda: hf_greedy(self.hf_model(case), prompts_of(self.probe(case, "short"))),
+            spoilt=self.fault.reference is not None,
+        )  # fmt: skip
+
+    def oracle_continuation(self, case: Case, generated: Generated) -> Array:
+        """The truth on every step along chosen tokens: (batch, num_steps, vocab_size)."""
+        path, steps = self.checkpoint(case), generated.tokens.shape[1]
+        tokens = np.concatenate([generated.prompts, generated.tokens[:, :-1]], axis=1)
+
+        def compute() -> Array:
+            positions = np.arange(tokens.shape[1])
+            config, weight = self.oracle_config(case), self.oracle_weight(case)
+            return forward(config, weight, tokens, positions)[:, -steps:]
+
+        return self._once(
+            "oracle continuation", path, tokens.tobytes(), make=compute,
+            spoilt=self.fault.oracle is not None,
+        )  # fmt: skip
+
+    def reference_gradients(self, case: Case) -> ReferenceGradients:
+        """What the Hugging Face model makes of the short probe, forward and back."""
+        path, probe = self.checkpoint(case), self.probe(case, "short")
+
+        def compute() -> ReferenceGradients:
+            logger.info("reference gradients of %s in %s", case.model, case.dtype)
+            return hf_loss_and_gradients(self.hf_model(case), probe.input_ids, probe.position_ids)
+
+        return self._once(
+            "reference gradients", path, case.dtype, probe.name, make=compute,
+            spoilt=self.fault.reference is not None,
+        )  # fmt: skip
+
+    def oracle_gradients(self, case: Case) -> LossAndGradients:
+        """The true loss and gradients on the short probe, float64."""
+        path, probe = self.checkpoint(case), self.probe(case, "short")
+
+        def compute() -> LossAndGradients:
+            logger.info("oracle gradients of %s, %s probe", case.model, probe.name)
+            return loss_and_gradients(
+                self.oracle_config(case),
+                self.oracle_weight(case),
+                probe.input_ids,
+                probe.position_ids,
+            )
+
+        return self._once(
+            "oracle gradients", path, probe.name, make=compute,
+            spoilt=self.fault.oracle is not None,
+        )  # fmt: skip
 
     # Ranks
 
@@ -331,6 +483,28 @@ class Bench:
             variant=self.fault.name,
         )
 
+    def witnesses(self, case: Case) -> Witnesses:
+        """The reference's and the oracle's state after every block, on the case's probe."""
+        return self._once(
+            "witnesses", self.checkpoint(case), case.dtype, case.probe,
+            make=lambda: block_states.witnesses(case, self),
+            spoilt=self.fault.reference is not None or self.fault.oracle is not None,
+        )  # fmt: skip
+
+    def block_states(self, case: Case) -> Gathered:
+        """Megatron's state after every block, on the case's probe."""
+        return self._once(
+            "block states", self.request(case), case.probe,
+            make=lambda: block_states.megatron_states(case, self),
+        )  # fmt: skip
+
+    def localisation(self, case: Case) -> Localisation:
+        """Where and why the case's model goes wrong, on its layout and probe."""
+        return self._once(
+            "localisation", self.request(case), case.probe,
+            make=lambda: localize.localise(case, self),
+        )  # fmt: skip
+
     def megatron_logits(self, case: Case, *, layout: str | None = None) -> Array:
         """Megatron-Core's logits on the case's probe, (batch, seq, vocab_size)."""
         request, probe = self.request(case, layout=layout), self.probe(case)
@@ -342,6 +516,17 @@ class Bench:
             return found[0]
 
         return self._once("logits", request, probe.name, make=compute)
+
+    def saved_by_megatron(self, case: Case, layout: str | None = None) -> Path:
+        """The case's model as Megatron-Core's own saver writes it from the ranks of a layout."""
+        request = self.request(case, layout=layout)
+
+        def save() -> Path:
+            target = self.fresh(f"{case.model}-{request.layout.name}-saved-by-megatron")
+            self.run(case, request.layout, live.save_by_megatron, request, target)
+            return target
+
+        return self._once("saved by megatron", request, make=save)
 
     def run(
         self, case: Case, layout: ParallelLayout, function: RankFunction, *args: object

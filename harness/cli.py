@@ -8,9 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-import tempfile
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -27,13 +26,13 @@ from bridge.cli_options import (
     TrustRemoteCode,
 )
 from bridge.errors import BridgeError, LayoutError, UsageError
+from harness import cli_diff, cli_faults, cli_golden, cli_replay
+from harness.cli_run import Format, Report, Resume, finish, print_ids, run_and_report
 from harness.cli_tools import DeviceName, DtypeName, Timeout
 
 if TYPE_CHECKING:
     from bridge.spec import ModelSpec
     from harness.bench import Subject
-    from harness.runner import RunReport
-    from harness.suite import Case
 
 Select = Annotated[
     list[str] | None,
@@ -42,7 +41,8 @@ Select = Annotated[
 ListOnly = Annotated[
     bool, typer.Option("--list", "--dry-run", help="Print the ids of the cases; run nothing.")
 ]
-_CUT_FOR = ("tp1-pp1",)
+_COMMANDS = (cli_diff, cli_faults, cli_golden, cli_replay)
+"""Modules that add commands of their own."""
 _DEFAULT_LAYOUTS = ("tp1-pp1", "tp2-pp1", "tp1-pp2")
 
 
@@ -63,38 +63,78 @@ def verify(
     ] = None,
     dtype: DtypeName = "float32",
     device: DeviceName = "cpu",
+    checks: Annotated[
+        str | None,
+        typer.Option("--checks", help="Comma-separated, such as config,logits; all by default."),
+    ] = None,
     select: Select = None,
+    input_: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help="A probe of your own: safetensors with input_ids, optionally position_ids.",
+        ),
+    ] = None,
+    reference_logits: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--reference-logits",
+            help="What `logits` has written where the reference runs, one file per probe. "
+            "Repeatable. Files of another model or other inputs are refused.",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     carry: CarryField = None,
     timeout: Timeout = 1800.0,
     list_only: ListOnly = False,
     json_: Json = False,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Directory for the evidence and rank logs.")
-    ] = None,
+    report: Report = None,
+    resume: Resume = False,
+    form: Format = "text",
 ) -> None:
-    """Prove a conversion: configuration, weights, placement, RoPE and logits against the reference.
+    """Prove a conversion: from the configuration to gradients and generation, on real ranks.
 
     Without --megatron-path the checkpoint is converted there and back and compared; with it, that
-    checkpoint is compared bit by bit and is what the ranks load.
+    checkpoint is compared bit by bit and is what the ranks load. With --reference-logits the
+    reference model need not run here; what needs the model itself is then left out, and said so.
     """
     from bridge.convert import read_spec
     from bridge.hub import resolve_model
+    from harness.runner import NO_REFERENCE
     from harness.suite import select as select_cases
+    from harness.verification import (
+        checks_named,
+        verification_cases,
+        with_input,
+        with_references,
+    )
 
+    wanted = checks_named(checks)
     path = resolve_model(hf_model, weights=True, revision=revision)
-    names = _layout_names(read_spec(path, carry=carry or ()), layouts)
+    spec = read_spec(path, carry=carry or ())
+    names = _layout_names(spec, layouts)
     _account_for(path, megatron_path, carry=carry or ())
-    cases = _verification_cases(path, names, dtype, device, imported=megatron_path is not None)
+    subject = _subject(path, megatron_path, trust_remote_code=trust_remote_code, carry=carry or ())
+    if input_ is not None:
+        subject = with_input(subject, input_, spec)
+    cases = verification_cases(
+        subject.name, checks=wanted, layouts=names, dtype=dtype, device=device,
+        has_input=input_ is not None,
+    )  # fmt: skip
     chosen = select_cases(cases, select or ())
     if list_only:
-        _print_ids(chosen, json_=json_)
+        print_ids(chosen, json_=json_ or form == "json")
         return
-    subjects = _subjects(
-        path, megatron_path, trust_remote_code=trust_remote_code, carry=carry or ()
-    )
-    _finish(_run(chosen, subjects, timeout, report, suite=None, json_=json_))
+    if reference_logits:
+        subject = with_references(subject, reference_logits, spec, dtype=dtype)
+    finish(
+        run_and_report(
+            chosen, {subject.name: subject}, timeout=timeout, report_dir=report, resume=resume,
+            form="json" if json_ else form,
+            allow_not_run=(NO_REFERENCE,) if reference_logits else (),
+        )
+    )  # fmt: skip
 
 
 def _account_for(hf: Path, megatron: Path | None, *, carry: Collection[str]) -> None:
@@ -104,27 +144,6 @@ def _account_for(hf: Path, megatron: Path | None, *, carry: Collection[str]) -> 
     spec = account_for_hf(hf, carry=carry)
     if megatron is not None:
         account_for_megatron(megatron, spec)
-
-
-def _verification_cases(
-    path: Path, layouts: Sequence[str], dtype: str, device: str, *, imported: bool
-) -> list[Case]:
-    """Every check that applies to one checkpoint; `imported` if its Megatron twin is given."""
-    from harness.suite import Case
-
-    model = path.resolve().name
-    first: list[tuple[str, Sequence[str | None]]] = [("config", (None,))]
-    first.append(("round_trip", _CUT_FOR))
-    cases = [
-        Case(check=check, model=model, dtype=dtype, layout=layout, device=device)
-        for check, places in (*first, ("placement", layouts), ("rope", layouts))
-        for layout in places
-    ]
-    return cases + [
-        Case(check="logits", model=model, dtype=dtype, layout=layout, probe=probe, device=device)
-        for layout in layouts
-        for probe in ("short", "long")
-    ]
 
 
 def _layout_names(spec: ModelSpec, given: str | None) -> tuple[str, ...]:
@@ -149,19 +168,18 @@ def _layout_names(spec: ModelSpec, given: str | None) -> tuple[str, ...]:
     return tuple(fitting)
 
 
-def _subjects(
+def _subject(
     path: Path, megatron: Path | None, *, trust_remote_code: bool, carry: Collection[str]
-) -> dict[str, Subject]:
+) -> Subject:
     from harness.bench import Subject
 
-    subject = Subject(
+    return Subject(
         name=path.resolve().name,
         hf=path,
         megatron=megatron,
         trust_remote_code=trust_remote_code,
         carry=tuple(carry),
     )
-    return {subject.name: subject}
 
 
 def _verify_conversion(
@@ -174,12 +192,15 @@ def _verify_conversion(
 ) -> None:
     """What `--verify full` adds to import and export; with `quiet` the report is on stderr."""
     from bridge.convert import read_spec
+    from harness.verification import CONVERSION_CHECKS, verification_cases
 
     names = _layout_names(read_spec(hf, carry=carry), None)
     _account_for(hf, megatron, carry=carry)
-    cases = _verification_cases(hf, names, "float32", "cpu", imported=True)
-    subjects = _subjects(hf, megatron, trust_remote_code=trust_remote_code, carry=carry)
-    _finish(_run(cases, subjects, 1800.0, None, suite=None, on_stderr=quiet))
+    subject = _subject(hf, megatron, trust_remote_code=trust_remote_code, carry=carry)
+    cases = verification_cases(
+        subject.name, checks=CONVERSION_CHECKS, layouts=names, dtype="float32", device="cpu"
+    )
+    finish(run_and_report(cases, {subject.name: subject}, timeout=1800.0, on_stderr=quiet))
 
 
 bridge.cli.full_verification = _verify_conversion
@@ -200,9 +221,9 @@ def parity(
     ] = None,
     list_only: ListOnly = False,
     json_: Json = False,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Directory for the evidence and rank logs.")
-    ] = None,
+    report: Report = None,
+    resume: Resume = False,
+    form: Format = "text",
 ) -> None:
     """Run a suite: toys of the whole family against real Megatron-Core ranks."""
     from harness.suite import load_suite
@@ -214,72 +235,14 @@ def parity(
         cases = tuple(replace(case, device=device) for case in cases)
     chosen = select_cases(cases, select or ())
     if list_only:
-        _print_ids(chosen, json_=json_)
+        print_ids(chosen, json_=json_ or form == "json")
         return
-    _finish(
-        _run(
-            chosen, {}, timeout, report, suite=loaded.name, json_=json_,
-            allow_not_run=allow_not_run or (),
+    finish(
+        run_and_report(
+            chosen, {}, timeout=timeout, report_dir=report, suite=loaded.name, resume=resume,
+            form="json" if json_ else form, allow_not_run=allow_not_run or (),
         )
     )  # fmt: skip
-
-
-def _print_ids(cases: Sequence[Case], *, json_: bool) -> None:
-    from bridge.console import print_json
-
-    if json_:
-        print_json([case.id for case in cases])
-        return
-    for case in cases:
-        typer.echo(case.id)
-
-
-def _run(
-    cases: Sequence[Case],
-    subjects: dict[str, Subject],
-    timeout: float,
-    report_dir: Path | None,
-    *,
-    suite: str | None,
-    json_: bool = False,
-    allow_not_run: Sequence[str] = (),
-    on_stderr: bool = False,
-) -> RunReport:
-    from bridge.console import stdout
-    from harness.bench import Bench
-    from harness.report.evidence import evidence, identity, to_json, versions
-    from harness.report.progress import CaseProgress
-    from harness.report.text import print_report
-    from harness.runner import run_cases
-
-    if report_dir is not None:
-        report_dir.mkdir(parents=True, exist_ok=True)
-    log_dir = None if report_dir is None else report_dir / "ranks"
-    inputs = {}
-    with (
-        tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as workdir,
-        Bench(Path(workdir), subjects=subjects, timeout=timeout, log_dir=log_dir) as bench,
-        CaseProgress(len(cases)) as progress,
-    ):
-        found = run_cases(
-            cases, bench, on_result=progress.advance, allowed_not_run=set(allow_not_run)
-        )
-        for case in cases:
-            if case.model not in inputs:
-                inputs[case.model] = identity(bench.checkpoint(case))
-    data = evidence(found, command=sys.argv, suite=suite, inputs=inputs, versions=versions())
-    if report_dir is not None:
-        (report_dir / "evidence.json").write_text(to_json(data), "utf-8")
-    if json_:
-        sys.stdout.write(to_json(data))
-    else:
-        print_report(found, stdout(stderr=on_stderr))
-    return found
-
-
-def _finish(report: RunReport) -> None:
-    if report.exit_code:
-        raise typer.Exit(report.exit_code)
 
 
 def main() -> None:

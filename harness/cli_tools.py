@@ -76,10 +76,15 @@ def toy(
 
 @app.command()
 def logits(
-    input_: Annotated[
-        Path, typer.Option("--input", help="safetensors: input_ids, optionally position_ids.")
-    ],
     output: Annotated[Path, typer.Option("--output", help="safetensors file to write.")],
+    input_: Annotated[
+        Path | None,
+        typer.Option("--input", help="safetensors: input_ids, optionally position_ids."),
+    ] = None,
+    probe: Annotated[
+        Literal["short", "long"] | None,
+        typer.Option("--probe", help="In place of --input: a probe that `verify` uses."),
+    ] = None,
     hf_model: Annotated[
         str | None, typer.Option("--hf-model", help="Checkpoint directory or Hub id.")
     ] = None,
@@ -99,16 +104,19 @@ def logits(
 ) -> None:
     """Write the logits of one model: Hugging Face's, or Megatron's over the layout's ranks.
 
-    With --megatron-path, --hf-model may add the configuration that the checkpoint lacks.
+    With --megatron-path, --hf-model may add the configuration that the checkpoint lacks. The file
+    says what it was made from, so that `verify --reference-logits` can hold a conversion to it.
     """
     from bridge.console import print_json
     from bridge.hub import resolve_model
+    from harness.detached import write_reference
     from harness.logits_file import (
+        ProbeName,
+        Tokens,
         check_output,
         compute_hf,
         compute_megatron,
         read_input,
-        write_output,
     )
 
     if megatron_path is None and (tp, pp, vp) != (1, 1, None):
@@ -116,26 +124,40 @@ def logits(
             "a layout is for ranks, and the Hugging Face model runs on none",
             hint="leave --tp, --pp and --vp away, or give --megatron-path",
         )
-    probe = read_input(input_)
+    given: Tokens | ProbeName
+    if input_ is not None and probe is None:
+        given = read_input(input_)
+    elif probe is not None and input_ is None:
+        given = probe
+    else:
+        raise UsageError(
+            "the model needs one input", hint="give --input FILE, or --probe short, or --probe long"
+        )
     check_output(output)
     path = None
     if hf_model is not None:
         path = resolve_model(hf_model, weights=megatron_path is None, revision=revision)
     if megatron_path is not None:
         found = compute_megatron(
-            megatron_path, probe, hf_model=path, tp=tp, pp=pp, vp=vp, dtype=dtype, device=device,
+            megatron_path, given, hf_model=path, tp=tp, pp=pp, vp=vp, dtype=dtype, device=device,
             timeout=timeout, carry=carry or (),
         )  # fmt: skip
     elif path is not None:
         found = compute_hf(
-            path, probe, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+            path, given, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
             carry=carry or (),
         )  # fmt: skip
     else:
         raise UsageError("no model", hint="give --hf-model or --megatron-path")
-    write_output(output, found)
-    result = {"output": str(output), "shape": list(found.shape), "dtype": "float32"}
+    write_reference(output, found)
+    shape = found.logits.shape
+    result = {
+        "output": str(output),
+        "shape": list(shape),
+        "dtype": "float32",
+        "made_from": found.provenance.to_metadata(),
+    }
     if json_:
         print_json(result)
     else:
-        typer.echo(f"{output}: logits {tuple(found.shape)}, float32")
+        typer.echo(f"{output}: logits {shape}, float32")

@@ -22,6 +22,31 @@ class SuiteError(HarnessError):
     code = "HN101"
 
 
+class ResumeError(HarnessError):
+    """A run that cannot be taken up again: no journal, or one of another run."""
+
+    code = "HN102"
+
+
+class EvidenceError(HarnessError):
+    """A file that is no evidence of ours."""
+
+    code = "HN103"
+
+
+class DetachedReferenceError(HarnessError):
+    """A file of logits that is no reference for this model on these inputs."""
+
+    code = "HN104"
+
+
+class ReferenceUnavailableError(HarnessError):
+    """The reference model cannot be run here, and no file stands in for what is asked of it."""
+
+    code = "HN204"
+    exit_code = 3
+
+
 class BackendUnavailableError(HarnessError):
     """A device, or the rank processes that were to use it, cannot be had."""
 
@@ -87,6 +112,18 @@ class WorkerTimeoutError(WorkerFailedError):
     """Ranks that did not finish within the time limit."""
 
     code = "HN203"
+
+
+class GoldenRecordError(HarnessError):
+    """Goldens that are not recorded so: in CI, without a reason, or from a model that fails."""
+
+    code = "HN301"
+
+
+class GoldenFormatError(HarnessError):
+    """A golden that cannot be relied on: of another format, or edited since it was recorded."""
+
+    code = "HN302"
 
 
 def _rebuild(

@@ -19,7 +19,8 @@ from bridge.spec import (
     ParallelLayout,
     SwiGLU,
 )
-from harness.strategies import ROPE_STYLES, SCHEMAS, TENSOR_PARALLEL_SIZES, DrawnConfig
+from harness.config_forms import ROPE_STYLES, SCHEMAS
+from harness.strategies import TENSOR_PARALLEL_SIZES, DrawnConfig
 
 _ATTENTION_KINDS: Final[Mapping[type, str]] = {
     GroupedQueryAttention: "grouped",
@@ -48,7 +49,7 @@ LAYOUT_FEATURES: Final = frozenset(
     {f"tp{tp}" for tp in TENSOR_PARALLEL_SIZES}
     | {
         "pp1", "pp above 1", "vpp", "sequence parallel", "padded vocab", "unpadded vocab",
-        "groups below tp", "uneven stages", "empty stage",
+        "groups below tp", "uneven stages", "empty stage", "all no-op stage",
     }
 )  # fmt: skip
 
@@ -115,6 +116,7 @@ def features_of_config(drawn: DrawnConfig) -> frozenset[str]:
 def features_of_layout(spec: ModelSpec, layout: ParallelLayout) -> frozenset[str]:
     """Which of `LAYOUT_FEATURES` this model has in this layout."""
     tp, stages = layout.tensor_model_parallel_size, layout.num_layers_per_stage
+    nothing = BlockSpec(attention=NoOp(), ffn=NoOp())
     padded = spec.padded_vocab_size(
         tp, make_vocab_size_divisible_by=layout.make_vocab_size_divisible_by
     )
@@ -129,6 +131,11 @@ def features_of_layout(spec: ModelSpec, layout: ParallelLayout) -> frozenset[str
             "groups below tp": any(groups < tp for groups in _groups(spec)),
             "uneven stages": len(set(stages)) > 1,
             "empty stage": 0 in stages,
+            "all no-op stage": any(
+                stage.layers and {spec.blocks[layer] for layer in stage.layers} == {nothing}
+                for stage in layout.stages()
+                if len(stages) > 1
+            ),
         }
     )
 

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, get_args
 
 from bridge.spec import ModelSpec
 from harness.ranks import Hook, RankContext
@@ -61,6 +61,14 @@ class Fault:
 
 
 HEALTHY = Fault(name="healthy")
+
+Seam = Literal["spec", "code", "rank", "checkpoint", "exported", "reference", "oracle"]
+SEAMS: Final[tuple[Seam, ...]] = get_args(Seam)
+
+
+def seams_of(fault: Fault) -> frozenset[Seam]:
+    """Where a fault comes in."""
+    return frozenset(seam for seam in SEAMS if getattr(fault, seam) is not None)
 
 
 @dataclass(frozen=True, slots=True)

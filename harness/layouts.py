@@ -8,12 +8,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+from bridge.errors import LayoutError
 from bridge.pipeline import parse_layout, plan_layout
 from bridge.spec import ModelSpec, ParallelLayout
 from harness.errors import SuiteError
 from harness.locations import suites_dir
 
-_SPELLED: Final = re.compile(r"(tp\d+|pp\d+|vp\d+|sp)(-(tp\d+|pp\d+|vp\d+|sp))*")
+_SPELLED: Final = re.compile(r"(tp\d+|pp\d+|vp\d+|sp)(-(tp\d+|pp\d+|vp\d+|sp|l[\d.]+))*")
 _FIELDS: Final = frozenset(
     {
         "tensor_model_parallel_size",
@@ -94,3 +95,12 @@ def resolve_layout(name: str, spec: ModelSpec) -> ParallelLayout:
     first = fields.pop(_FIRST, None)
     stages = None if first is None else (first, spec.num_layers - first)
     return plan_layout(spec, num_layers_per_stage=stages, **fields)
+
+
+def fits(name: str, spec: ModelSpec) -> bool:
+    """Whether a model can be cut so."""
+    try:
+        resolve_layout(name, spec)
+    except LayoutError:
+        return False
+    return True

@@ -101,28 +101,6 @@ def logits(
     return (found if found.dtype == torch.float64 else found.float()).cpu().numpy()
 
 
-def rope_tables(
-    context: RankContext, request: ModelRequest, position_ids: Array
-) -> list[dict[str, Array]]:
-    """What each model part rotates by: `inv_freq`, and the angles at some positions.
-
-    Angles are (seq, kv_channels / 2), float32, taken from the output that attention is given.
-    """
-    import torch
-
-    found = []
-    for part in model(context, request):
-        rotary = part.rotary_pos_emb
-        rotary.position_ids = torch.from_numpy(position_ids).to(rotary.inv_freq.device)
-        try:
-            angles = rotary(len(position_ids))
-        finally:
-            rotary.position_ids = None
-        angles = angles[:, 0, 0, : angles.shape[-1] // 2].cpu().numpy()
-        found.append({"inv_freq": rotary.inv_freq.cpu().numpy(), "angles": angles})
-    return found
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveTensor:
     """One parameter as a rank holds it, named by Megatron's own modules.
@@ -150,50 +128,6 @@ def live_tensors(parts: list[Any]) -> list[LiveTensor]:
                 full = f"decoder.layers.{layer.layer_number - 1}.{leaf}"
             found.append(LiveTensor(name=full, tensor=tensor))
     return found
-
-
-def load_by_megatron(
-    context: RankContext, request: ModelRequest, checkpoint: Path
-) -> tuple[list[str], int]:
-    """Load a checkpoint with Megatron-Core's own loader, strict, and compare with the request's.
-
-    Args:
-        context: This rank.
-        request: The model as the bridge loads it.
-        checkpoint: Iteration directory of a `torch_dist`.
-
-    Returns:
-        Every difference in words, and how many elements were compared.
-    """
-    import torch
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.validation import StrictHandling
-
-    from harness.compare import first_difference, words_of
-
-    ours = model(context, request)
-    theirs = build(request)
-    for part in theirs:
-        for parameter in part.parameters():
-            torch.nn.init.constant_(parameter, float("nan"))
-    # Models of several parts are stored as several state dicts over one set of keys.
-    wanted = {f"model{index}": part.sharded_state_dict() for index, part in enumerate(theirs)}
-    loaded = dist_checkpointing.load(
-        wanted, str(checkpoint), strict=StrictHandling.RAISE_UNEXPECTED
-    )
-    for index, part in enumerate(theirs):
-        part.load_state_dict(loaded[f"model{index}"], strict=True)
-    problems, compared = [], 0
-    for mine, other in zip(live_tensors(ours), live_tensors(theirs), strict=True):
-        compared += mine.tensor.numel()
-        found = first_difference(words_of(other.tensor), words_of(mine.tensor))
-        if found is not None:
-            at, count = found
-            problems.append(
-                f"rank {context.rank}: {mine.name}{list(at)}: {count} elements differ between "
-                "Megatron-Core's loader and ours, this one first"
-            )
-    return problems, compared
 
 
 def save_by_megatron(context: RankContext, request: ModelRequest, checkpoint: Path) -> None:

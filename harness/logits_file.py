@@ -1,4 +1,4 @@
-"""Logits on request: token ids in, logits out, both as safetensors files."""
+"""Logits on request: token ids in, logits out with an account of what they were made from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Literal
 
 import numpy as np
 
+from bridge import __version__ as bridge_version
 from bridge.agreement import check_agreement
+from bridge.console import RichProgress
 from bridge.convert import read_spec
 from bridge.errors import (
     CheckpointError,
@@ -18,16 +20,30 @@ from bridge.errors import (
     EnvironmentMissingError,
     InconsistentConfigError,
 )
+from bridge.hf_config import load_hf_config
 from bridge.megatron_args import spec_from_checkpoint_args
 from bridge.pipeline import plan_layout
+from bridge.platform import describe
 from bridge.record import SIDE_DIRECTORY, read_record
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
+from bridge.storage.safetensors import SafetensorsSource
 from harness import live
+from harness.detached import DetachedReference, Provenance
+from harness.identity import (
+    config_sha256,
+    hf_weights_sha256,
+    inputs_sha256,
+    megatron_weights_sha256,
+    spec_sha256,
+)
 from harness.inputs import account_for_hf, account_for_megatron
 from harness.launcher import RankPool
 from harness.live import ModelRequest
-from harness.reference import Array, hf_logits, load_hf_model
+from harness.probes import INPUT_PROBE, Probe, probe_named
+from harness.reference import Array, hf_inv_freq, hf_logits, implementation_of, load_hf_model
+
+ProbeName = Literal["short", "long"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -122,29 +138,58 @@ def check_output(path: Path) -> None:
     )
 
 
-def write_output(path: Path, found: Array) -> None:
-    """Write `logits`, (batch, seq, vocab_size), float32."""
-    from safetensors.numpy import save_file
+def tokens_for(given: Tokens | ProbeName, spec: ModelSpec) -> Tokens:
+    """What to run this model on: the user's tokens, which it must have, or a probe of `verify`.
 
-    save_file({"logits": np.ascontiguousarray(found, dtype=np.float32)}, path)
+    Raises:
+        InconsistentConfigError: BR104, as `check_tokens`.
+    """
+    if isinstance(given, Tokens):
+        check_tokens(given, spec)
+        return given
+    probe = probe_named(
+        given, spec.vocab_size, max_position_embeddings=spec.max_position_embeddings
+    )
+    return Tokens(
+        input_ids=probe.input_ids, position_ids=probe.position_ids, where=f"the {given} probe"
+    )
+
+
+def as_probe(tokens: Tokens, spec: ModelSpec) -> Probe:
+    """A user's tokens as a probe of `verify`.
+
+    Raises:
+        InconsistentConfigError: BR104, tokens the model does not have, or positions that differ
+            between sequences or do not increase.
+    """
+    check_tokens(tokens, spec)
+    positions = np.broadcast_to(tokens.position_ids, tokens.input_ids.shape)
+    if (positions != positions[:1]).any() or (np.diff(positions[0]) <= 0).any():
+        raise InconsistentConfigError(
+            "positions must increase and be the same for every sequence",
+            where=tokens.where,
+            hint="give position_ids as (seq,), or leave them away to count from 0",
+        )
+    return Probe(name=INPUT_PROBE, input_ids=tokens.input_ids, position_ids=positions[0].copy())
 
 
 def compute_hf(
     hf: Path,
-    tokens: Tokens,
+    given: Tokens | ProbeName,
     *,
     dtype: str,
     device: str,
     trust_remote_code: bool = False,
     carry: Collection[str] = (),
-) -> Array:
+) -> DetachedReference:
     """Logits of the Hugging Face model.
 
     Raises:
         BridgeError: BR104, tokens it does not have; BR500, no such device; or what is wrong with
             the checkpoint.
     """
-    check_tokens(tokens, account_for_hf(hf, carry=carry))
+    spec = account_for_hf(hf, carry=carry)
+    tokens = tokens_for(given, spec)
     if device == "cuda":
         import torch
 
@@ -153,12 +198,53 @@ def compute_hf(
                 "there is no GPU that torch can use", where="--device cuda", hint="use --device cpu"
             )
     model = load_hf_model(hf, dtype=dtype, trust_remote_code=trust_remote_code, carry=carry)
-    return hf_logits(model.to(device), tokens.input_ids, tokens.position_ids)
+    logits = hf_logits(model.to(device), tokens.input_ids, tokens.position_ids)
+    config = load_hf_config(hf)
+    return DetachedReference(
+        logits=logits,
+        provenance=Provenance(
+            config_sha256=config_sha256(config),
+            spec_sha256=spec_sha256(spec),
+            weights_sha256=hash_hf_weights(hf),
+            inputs_sha256=inputs_sha256(tokens.input_ids, tokens.position_ids),
+            dtype=dtype,
+            device=device,
+            implementation=implementation_of(model, hf, config),
+            versions=_versions(),
+            inv_freq=hf_inv_freq(model),
+        ),
+    )
+
+
+def hash_hf_weights(hf: Path) -> str:
+    """The weights' digest, with a progress bar: a large model takes minutes."""
+    with SafetensorsSource(hf) as source:
+        total = sum(info.nbytes for info in source.tensors.values())
+        with RichProgress().phase("hash weights", total) as advance:
+            return hf_weights_sha256(source, advance=advance)
+
+
+def _hash_megatron_weights(megatron: Path, spec: ModelSpec) -> str:
+    with MegatronSource(megatron) as source:
+        total = sum(info.nbytes for info in source.tensors.values())
+        with RichProgress().phase("hash weights", total) as advance:
+            return megatron_weights_sha256(source, spec, advance=advance)
+
+
+def _versions() -> dict[str, str | None]:
+    """Of whatever the numbers may depend on."""
+    found = describe()
+    return {
+        "nemotron-bridge": bridge_version,
+        "python": found["python"],
+        "machine": found["machine"],
+        **found["versions"],
+    }
 
 
 def compute_megatron(
     megatron: Path,
-    tokens: Tokens,
+    given: Tokens | ProbeName,
     *,
     hf_model: Path | None,
     tp: int,
@@ -168,7 +254,7 @@ def compute_megatron(
     device: Literal["cpu", "cuda"],
     timeout: float,
     carry: Collection[str] = (),
-) -> Array:
+) -> DetachedReference:
     """Logits of a Megatron checkpoint, by Megatron-Core over the layout's ranks.
 
     Raises:
@@ -176,7 +262,7 @@ def compute_megatron(
             ranks that could not run; or what is wrong with the checkpoint.
     """
     spec = megatron_spec(megatron, hf_model=hf_model, carry=carry)
-    check_tokens(tokens, spec)
+    tokens = tokens_for(given, spec)
     account_for_megatron(megatron, spec)
     layout = plan_layout(
         spec,
@@ -196,7 +282,29 @@ def compute_megatron(
         found: list[Array] = pool.run(
             layout, live.logits, request, tokens.input_ids, tokens.position_ids
         )
-    return found[0]
+    kept = _configuration(megatron, hf_model)
+    return DetachedReference(
+        logits=found[0],
+        provenance=Provenance(
+            config_sha256=None if kept is None else config_sha256(load_hf_config(kept)),
+            spec_sha256=spec_sha256(spec),
+            weights_sha256=_hash_megatron_weights(megatron, spec),
+            inputs_sha256=inputs_sha256(tokens.input_ids, tokens.position_ids),
+            dtype=dtype,
+            device=device,
+            implementation=f"megatron-core, local layers, {layout.name}",
+            versions=_versions(),
+        ),
+    )
+
+
+def _configuration(megatron: Path, hf_model: Path | None) -> Path | None:
+    """The configuration that goes with a Megatron checkpoint, if any: given, or kept at import."""
+    if hf_model is not None:
+        return hf_model
+    with MegatronSource(megatron) as source:
+        kept = source.root / SIDE_DIRECTORY
+    return kept if kept.is_dir() else None
 
 
 def megatron_spec(
@@ -216,11 +324,10 @@ def megatron_spec(
         ConfigError: BR100, none of them is there; BR103 or BR104, the args are of another model.
     """
     with MegatronSource(megatron) as source:
-        kept = source.root / SIDE_DIRECTORY
-        if hf_model is None and kept.is_dir():
+        found = _configuration(megatron, hf_model)
+        if hf_model is None and found is not None:
             record = read_record(source.root)
             carry = {*carry, *(record.carried_fields if record is not None else ())}
-        found = hf_model if hf_model is not None else kept if kept.is_dir() else None
         if found is not None:
             spec = read_spec(found, carry=carry)
             check_agreement(source, spec, where=str(found))

@@ -22,6 +22,8 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 MAX_POSITION_EMBEDDINGS: Final = 131_072
 """Of every published checkpoint of the family."""
+INPUT_PROBE: Final = "input"
+"""The name of a probe of the user's own."""
 SHORT_LENGTH: Final = 24
 LONG_LENGTH: Final = 48
 _EDGES: Final = (64, 512, 2048, 8192, 32_768, 65_536)
@@ -74,6 +76,23 @@ def long_probe(
         input_ids=random_ids(vocab_size, (batch, len(positions)), seed=seed, name="long"),
         position_ids=positions,
     )
+
+
+def probe_named(
+    name: str, vocab_size: int, *, max_position_embeddings: int = MAX_POSITION_EMBEDDINGS
+) -> Probe:
+    """The `short` or the `long` probe of a model.
+
+    Raises:
+        ConfigError: BR100, no such probe.
+    """
+    match name:
+        case "short":
+            return short_probe(vocab_size)
+        case "long":
+            return long_probe(vocab_size, max_position_embeddings=max_position_embeddings)
+        case _:
+            raise ConfigError(f"no probe is called {name!r}", hint="known: short, long")
 
 
 def probes(

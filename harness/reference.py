@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import hashlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,31 @@ def hf_logits(model: Any, input_ids: Array, position_ids: Array) -> Array:  # no
         ).logits
     logits: Array = (found if found.dtype == torch.float64 else found.float()).cpu().numpy()
     return logits
+
+
+def hf_inv_freq(model: Any) -> Array | None:  # noqa: ANN401 - transformers is not typed
+    """The rotary frequencies of a transformers model, (kv_channels / 2,), float32; None without.
+
+    They belong to the model or, in some checkpoints' own code, to each attention.
+    """
+    import torch
+
+    tables = (getattr(module, "inv_freq", None) for module in model.modules())
+    found = next((one for one in tables if isinstance(one, torch.Tensor)), None)
+    # A table that was rounded to bfloat16 keeps its wrong values in float32.
+    return None if found is None else found.detach().float().cpu().numpy()
+
+
+def implementation_of(model: Any, checkpoint: Path, config: Mapping[str, Any]) -> str:  # noqa: ANN401 - as above
+    """Whose code a reference model runs: transformers', ours, or the checkpoint's, which one."""
+    kind = type(model)
+    if not kind.__module__.startswith("transformers_modules"):
+        return f"{kind.__module__}.{kind.__qualname__}"
+    named = config["auto_map"]["AutoModelForCausalLM"]
+    revision = getattr(model.config, "_commit_hash", None)
+    if revision is None:  # a directory: its code is what it holds
+        code = hashlib.sha256()
+        for path in sorted(checkpoint.glob("*.py")):
+            code.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
+        revision = f"sha256 {code.hexdigest()}"
+    return f"the checkpoint's own code: {named}, revision {revision}"

@@ -13,11 +13,14 @@ from bridge.errors import BridgeError
 from harness.bench import BASE_LAYOUT, Bench
 from harness.checks import CHECKS
 from harness.compare import Finding
+from harness.errors import ReferenceUnavailableError
 from harness.suite import Case
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["passed", "failed", "error", "not run"]
+NO_REFERENCE: Final = "reference"
+"""Why a case is left out that needs the reference model where only files of its logits are."""
 _FIRST_LAYOUTS: Final = (None, BASE_LAYOUT)
 """No ranks at first, while they start; then the layout that others are compared with."""
 
@@ -127,7 +130,7 @@ def run_cases(
     """
     started = time.monotonic()
     ordered = in_running_order(cases)
-    if any(case.device == "cpu" and CHECKS[case.check].axes for case in ordered):
+    if any(case.device == "cpu" and _group(case) is not None for case in ordered):
         bench.pool("cpu").warm_up()  # Megatron-Core is imported while other cases run
     results = []
     for case in ordered:
@@ -148,6 +151,11 @@ def run_case(case: Case, bench: Bench) -> Result:
     started = time.monotonic()
     try:
         finding = CHECKS[case.check].run(case, bench)
+    except ReferenceUnavailableError as error:
+        return Result(
+            case=case, status="not run", reason=NO_REFERENCE, traceback=str(error),
+            seconds=time.monotonic() - started,
+        )  # fmt: skip
     except BridgeError as error:
         notes = getattr(error, "__notes__", [])
         reason = str(error).splitlines()[0]

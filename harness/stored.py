@@ -18,6 +18,7 @@ from bridge.storage.safetensors import SafetensorsSource
 from bridge.transfer import TransferLimits, compare
 from harness.bench import Bench
 from harness.compare import Finding, exact
+from harness.recorded import changed_since_import, record_differences
 from harness.suite import Case
 
 _PARTS: Final = {
@@ -35,12 +36,16 @@ def against_source(case: Case, bench: Bench, megatron: Path) -> Finding:
     with MegatronSource(megatron) as actual, SafetensorsSource(hf) as expected:
         with bench.fault.changed_code():
             plan = Plan.of_checkpoint(spec, actual.tensors)
-            values = _values(actual, spec)
+            record = read_record(actual.root)
+            values = [*record_differences(case, bench, actual, record), *_values(actual, spec)]
+            files = changed_since_import(actual, record)
             try:
                 account_for(plan.hf_shapes, expected.tensors, where=str(hf))
                 account_for(plan.mcore_shapes, actual.tensors, where=str(megatron))
             except BridgeError as error:
-                return exact([*values, error.message, *error.where], compared=0, what="elements")
+                return exact(
+                    [*values, *files, error.message, *error.where], compared=0, what="elements"
+                )
             digests = compare(
                 expected,
                 actual,
@@ -49,7 +54,6 @@ def against_source(case: Case, bench: Bench, megatron: Path) -> Finding:
                 advance=lambda _nbytes: None,
             )
             padding = nonzero_padding(plan, actual)
-        record = read_record(actual.root)
         # What training has made of rows that no token has is its own business; an import wrote
         # zeros there. In Megatron they take part in the softmax of a training step.
         imported = record is not None and record.iteration == actual.iteration
@@ -63,7 +67,7 @@ def against_source(case: Case, bench: Bench, megatron: Path) -> Finding:
     compared = sum(math.prod(shape) for shape in plan.hf_shapes.values())
     wrong_padding = padding if imported else []
     found = exact(
-        [*values, *tensors, *wrong_padding],
+        [*values, *files, *tensors, *wrong_padding],
         compared=compared,
         what="elements, bit for bit",
         details={"nonzero_padding": padding},
@@ -75,6 +79,11 @@ def against_source(case: Case, bench: Bench, megatron: Path) -> Finding:
         f"{number} {one if number == 1 else many}"
         for number, one, many in (
             (len(values), "value of the model differs", "values of the model differ"),
+            (
+                len(files),
+                "kept file is not the imported one",
+                "kept files are not the imported ones",
+            ),
             (len(tensors), "tensor differs", "tensors differ"),
             (len(wrong_padding), "padded tensor is not zero", "padded tensors are not zero"),
         )

@@ -18,6 +18,7 @@ from typing import Any, Final
 from bridge.errors import ConfigError
 from harness.checks import CHECKS
 from harness.errors import SuiteError
+from harness.golden.cases import PREFIX, golden_model
 from harness.layouts import check_layout_name
 from harness.locations import suites_dir
 from harness.toys import toy_named
@@ -28,6 +29,7 @@ DTYPES: Final = ("float32", "bfloat16")
 DEVICES: Final = ("cpu", "cuda")
 _LISTS: Final = ("checks", "models", "layouts", "dtypes", "probes")
 _TOY: Final = "toy:"
+_GOLDEN: Final = "golden:"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +177,10 @@ def _unknown(key: str, values: Sequence[str]) -> Iterator[str]:
                 check_layout_name(value)
             elif value.startswith(_TOY):
                 toy_named(value)
+            elif value.startswith(_GOLDEN):
+                golden_model(value.removeprefix(_GOLDEN))
             else:
-                yield f"models: {value!r} must be {_TOY}NAME"
+                yield f"models: {value!r} must be {_TOY}NAME or {_GOLDEN}NAME"
         except (SuiteError, ConfigError) as error:
             yield f"{key}: {error.message}"
 
@@ -189,7 +193,7 @@ def _cases(run: Mapping[str, Any]) -> Iterator[Case]:
         for layout, probe in itertools.product(layouts, probes):
             yield Case(
                 check=name,
-                model=model.removeprefix(_TOY),
+                model=model.removeprefix(_TOY).replace(_GOLDEN, PREFIX),
                 dtype=dtype,
                 layout=layout,
                 probe=probe,

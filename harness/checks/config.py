@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from bridge.hf_config import hf_config_from_spec, spec_from_hf_config
+from bridge import hf_config
 from bridge.megatron_args import checkpoint_args, spec_from_checkpoint_args
 from bridge.megatron_config import blocks_from_heterogeneous_json, heterogeneous_layers_json
 from bridge.parameters import num_parameters
@@ -14,6 +14,7 @@ from harness import oracle
 from harness.bench import BASE_LAYOUT, Bench
 from harness.coded import codes_of
 from harness.compare import Finding, exact
+from harness.config_forms import ROPE_STYLES, SCHEMAS, write_config
 from harness.suite import Case
 
 
@@ -23,7 +24,12 @@ def run(case: Case, bench: Bench) -> Finding:
     with bench.fault.changed_code():
         found = [
             *_against_oracle(spec, oracle.read_config(bench.config(case))),
-            *_between("after a way through a Hugging Face config", spec, _through_hf(spec)),
+            *_between(
+                "after a way through a Hugging Face config",
+                spec,
+                hf_config.spec_from_hf_config(hf_config.hf_config_from_spec(spec)),
+            ),
+            *_respelled(spec),
             *_between(
                 "after a way through Megatron's args",
                 spec,
@@ -54,8 +60,29 @@ def run(case: Case, bench: Bench) -> Finding:
 Pair = tuple[str, object, object]
 
 
-def _through_hf(spec: ModelSpec) -> ModelSpec:
-    return spec_from_hf_config(hf_config_from_spec(spec))
+def _respelled(spec: ModelSpec) -> Iterator[Pair]:
+    """The same model in every other spelling that there is: block schemas, transformers 4 and 5.
+
+    The spellings are written by a writer of the harness, which shares nothing with the bridge's.
+    """
+    schemas: Sequence[str | None] = (None,)
+    if spec.heterogeneous_block_specs:
+        schemas = [schema for schema in SCHEMAS if schema != "released" or _is_released(spec)]
+    for schema in schemas:
+        for style in ROPE_STYLES:
+            config = write_config(spec, schema=schema, rope_style=style, state_head_dim=True)
+            found = hf_config.spec_from_hf_config(config)
+            name = "as a Llama" if schema is None else f"in the {schema} schema"
+            yield f"the model {name} with RoPE in the keys of {style}", spec, found
+
+
+def _is_released(spec: ModelSpec) -> bool:
+    """Whether `ffn_mult` can say the widths, and hidden_size // heads the size of a head."""
+    widths = [block.ffn.ffn_hidden_size for block in spec.blocks if isinstance(block.ffn, SwiGLU)]
+    return (
+        all(width % 256 == 0 for width in widths)
+        and spec.num_attention_heads * spec.kv_channels == spec.hidden_size
+    )
 
 
 def _between(how: str, ours: ModelSpec, theirs: ModelSpec) -> Iterator[Pair]:

@@ -42,7 +42,7 @@ def _sums(case: Case, bench: Bench) -> Finding:
     """Two sums in different order are each within the limit of the truth, so together twice it."""
     threshold = bench.thresholds.get(EXCESS, case.dtype)
     limit = 2 * threshold.limit
-    reference = bench.reference(case).logits[case.probe or "short"]
+    reference = bench.reference_logits(case)
     ours, theirs = bench.megatron_logits(case), bench.megatron_logits(case, layout=BASE_LAYOUT)
     measured = excess(ours, reference, bench.oracle_logits(case), threshold.floor)
     if measured.problems or ours.shape != theirs.shape:

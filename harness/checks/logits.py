@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from harness.bench import Array, Bench
 from harness.compare import Finding
+from harness.localize import localisation
 from harness.suite import Case
 from harness.thresholds import LogitJudgement, judge_logits
 
 
 def run(case: Case, bench: Bench) -> Finding:
     """Judge Megatron's logits on the case's probe."""
-    reference = bench.reference(case).logits[case.probe or "short"]
-    return judge(case, bench, bench.megatron_logits(case), reference)
+    reference = bench.reference_logits(case)
+    found = judge(case, bench, bench.megatron_logits(case), reference)
+    if found.passed:
+        return found
+    where = localisation(case, bench)
+    return replace(
+        found,
+        places=(*found.places, *where.places),
+        details={**found.details, "localisation": where.to_dict()},
+    )
 
 
 def judge(case: Case, bench: Bench, candidate: Array, reference: Array) -> Finding:
@@ -32,8 +43,20 @@ def judge(case: Case, bench: Bench, candidate: Array, reference: Array) -> Findi
         limit=excess.limit,
         unit=excess.unit,
         places=_places(case, bench, found) if failed else (),
-        details=_details(found),
+        details={
+            **_details(found),
+            "by_position": _by_position(found, bench.probe(case).position_ids.tolist()),
+            "reference": _reference(case, bench),
+        },
     )
+
+
+def _reference(case: Case, bench: Bench) -> str:
+    """Whose numbers were taken for the reference's."""
+    detached = bench.detached(case)
+    if detached is None:
+        return "run here"
+    return f"{detached.where}: {detached.provenance.implementation}"
 
 
 def _places(case: Case, bench: Bench, found: LogitJudgement) -> tuple[str, ...]:
@@ -76,4 +99,24 @@ def _details(found: LogitJudgement) -> dict[str, object]:
         "top5_agreement": comparison.top5_agreement,
         "ulp_histogram": {f"{edge:g}": n for edge, n in comparison.ulp_histogram.items()},
         "problems": list(comparison.problems),
+    }
+
+
+def _by_position(found: LogitJudgement, positions: list[int]) -> dict[str, object] | None:
+    """What the report draws: at each position the worst of the probe's sequences."""
+    comparison, excess = found.comparison, found.excess
+    if comparison.problems or excess.problems:
+        return None
+    worst = {
+        "candidate_error": excess.candidate_by_position.max(axis=0),
+        "reference_error": excess.reference_by_position.max(axis=0),
+        "max_abs_diff": comparison.max_abs_diff.max(axis=0),
+        "kl": comparison.kl.max(axis=0),
+        "top1": comparison.top1.min(axis=0),
+        "top5": comparison.top5.min(axis=0),
+    }
+    # Four digits are more than a figure shows, and a suite keeps thousands of them.
+    return {
+        "positions": positions,
+        **{name: [float(f"{one:.4g}") for one in row] for name, row in worst.items()},
     }

@@ -40,3 +40,34 @@ class CaseProgress:
         self._progress.update(self._task, advance=1, description=result.case.id)
         if result.status != "passed":
             self._progress.console.print(Text(progress_line(result)), soft_wrap=True)
+
+
+class CountProgress:
+    """A bar of things of one kind, whose number may be known only once the first has ended."""
+
+    def __init__(self, what: str) -> None:
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, total: int, description: str, news: str = "") -> None:
+        """Count one; `news` is a line that stays."""
+        self._progress.update(self._task, advance=1, total=total, description=description)
+        if news:
+            self._progress.console.print(Text(news), soft_wrap=True)

@@ -91,7 +91,7 @@ def _worst(results: Sequence[Result]) -> Text:
     return Text(text, style="green" if good else "bold red")
 
 
-def _failures(results: Iterable[Result]) -> list[RenderableType]:
+def _failures(results: Sequence[Result]) -> list[RenderableType]:
     lines: list[RenderableType] = []
     for result in results:
         if result.status == "failed" and result.finding is not None:
@@ -105,9 +105,24 @@ def _failures(results: Iterable[Result]) -> list[RenderableType]:
         elif result.status == "error":
             lines.append(Text(f"ERROR {result.case.id}", style="bold red"))
             lines += [f"  {line}" for line in (result.traceback or result.reason).splitlines()]
+    lines += _left_out(results)
     if lines:
         lines.append("")
     return [line if isinstance(line, Text) else Text(str(line)) for line in lines]
+
+
+def _left_out(results: Iterable[Result]) -> list[RenderableType]:
+    """Each explanation of why cases did not run, once, with the checks that it is for."""
+    told: dict[str, list[str]] = {}
+    for result in results:
+        if result.status == "not run" and result.traceback:
+            told.setdefault(result.traceback, []).append(result.case.check)
+    lines: list[RenderableType] = []
+    for text, checks in told.items():
+        first, *rest = text.splitlines()
+        lines.append(f"not run: {', '.join(dict.fromkeys(checks))}: {first}")
+        lines += [f"  {line}" for line in rest]
+    return lines
 
 
 def _models(results: Iterable[Result]) -> list[str]:

@@ -259,3 +259,11 @@ def test_a_name_that_is_no_layout_is_refused(name: str) -> None:
     """With an example of one that is."""
     with pytest.raises(LayoutError, match="is not a parallel layout"):
         parse_layout(name, plain(8))
+
+
+def test_a_name_may_give_the_layers_of_each_stage() -> None:
+    """Empty stages included; counts that do not add up are refused."""
+    layout = parse_layout("tp1-pp3-l5.0.3", plain(8))
+    assert layout.num_layers_per_stage == (5, 0, 3)
+    with pytest.raises(PipelineParallelError, match="hold 7 layers"):
+        parse_layout("tp1-pp2-l5.2", plain(8))

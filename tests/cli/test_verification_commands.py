@@ -132,7 +132,7 @@ def test_verify_says_which_value_of_the_model_differs_and_counts_it_as_no_elemen
 ) -> None:
     """A contradiction in the args is one value, and the elements are all equal."""
     change_args(megatron, rotary_base=10_000)
-    found = run("verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "weights")
+    found = run("verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "round_trip")
     assert found.code == 1
     assert "  1 value of the model differs, 0 of 1,991,168 elements differ (limit 0): " in found.out
     assert "rotary_base=10000" in found.out
@@ -147,7 +147,7 @@ def test_verify_says_which_block_differs_without_printing_all_of_them(
     wide = next(b for b in blocks["block_configs"] if b["ffn"]["ffn_hidden_size"])
     wide["ffn"]["ffn_hidden_size"] *= 2
     change_args(megatron, heterogeneous_layers_config_encoded_json=json.dumps(blocks))
-    found = run("verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "weights")
+    found = run("verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "round_trip")
     assert found.code == 1
     assert "1 value of the model differs" in found.out
     assert "BlockSpec(" not in found.out
@@ -170,7 +170,7 @@ def test_verify_counts_a_differing_tensor_as_one_tensor_and_says_its_elements(
     tensors["model.norm.weight"] = tensors["model.norm.weight"].copy()
     tensors["model.norm.weight"][[3, 9]] += 1
     save_file(tensors, shard, metadata={"format": "pt"})
-    found = run("verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "weights")
+    found = run("verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "round_trip")
     assert found.code == 1
     assert "  1 tensor differs, 2 of 1,991,168 elements differ (limit 0): " in found.out
     assert "model.norm.weight[3]: 2 elements differ, this one first" in found.out
@@ -201,7 +201,7 @@ def test_verify_fails_on_padding_that_is_not_zero_in_a_conversion_of_ours(
 ) -> None:
     """Padded output rows enter the softmax of a training step; no HF tensor has them."""
     spoil_padding(monkeypatch)
-    found = run("verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "weights")
+    found = run("verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "round_trip")
     assert found.code == 1
     assert "2 padded tensors are not zero" in found.out
     for name in _PADDED:
@@ -215,7 +215,7 @@ def test_verify_only_mentions_padding_that_training_has_moved(
     (megatron / RECORD_NAME).unlink()
     spoil_padding(monkeypatch)
     found = run(
-        "verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "weights", "--json"
+        "verify", "--hf-model", hf, "--megatron-path", megatron, "--select", "round_trip", "--json"
     )
     assert found.code == 0
     (case,) = json.loads(found.out)["cases"]
@@ -353,7 +353,7 @@ def test_a_tensor_missing_on_either_side_is_named_before_any_case(
     run: Run, monkeypatch: pytest.MonkeyPatch, hf: Path, megatron: Path
 ) -> None:
     """The bridge's own accounting, for both sides."""
-    monkeypatch.setattr("harness.cli._run", lambda *_, **__: pytest.fail("cases ran"))
+    monkeypatch.setattr("harness.cli.run_and_report", lambda *_, **__: pytest.fail("cases ran"))
     for victim in ("model.norm.weight", "model.embed_tokens.weight"):
         (shard,) = [p for p in hf.glob("*.safetensors") if victim in load_file(p)]
         kept = shard.read_bytes()

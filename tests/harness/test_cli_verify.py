@@ -59,8 +59,9 @@ def test_verify_passes_on_a_healthy_checkpoint_and_leaves_evidence(
 ) -> None:
     """Exit code 0, one JSON document and nothing else on stdout, evidence and rank logs kept."""
     done = nemotron_bridge(
-        "verify", "--hf-model", hf, "--layouts", "tp2-pp1", "--json", "--report", tmp_path
-    )
+        "verify", "--hf-model", hf, "--layouts", "tp2-pp1", "--json", "--report", tmp_path,
+        "--checks", "config,round_trip,placement,rope,logits",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["verdict"] == "passed"
@@ -89,10 +90,11 @@ def test_verify_names_the_place_where_two_key_heads_were_exchanged(
     import_checkpoint(damaged, tmp_path / "megatron")
 
     done = nemotron_bridge(
-        "verify", "--hf-model", hf, "--megatron-path", tmp_path / "megatron", "--select", "weights"
-    )
+        "verify", "--hf-model", hf, "--megatron-path", tmp_path / "megatron",
+        "--checks", "round_trip",
+    )  # fmt: skip
     assert done.returncode == 1
-    assert "FAILED weights/super-toy/float32" in done.stdout
+    assert "FAILED round_trip/super-toy/tp1-pp1/float32" in done.stdout
     # 16 query heads of 8 channels in 2 groups: a group's key follows its 64 query rows.
     assert (
         f"{name}[0, 0]: 2048 elements differ, this one first; in "
@@ -115,8 +117,9 @@ def test_verify_names_a_rope_value_that_the_megatron_checkpoint_has_otherwise(
     import_checkpoint(changed, tmp_path / "megatron")
 
     done = nemotron_bridge(
-        "verify", "--hf-model", hf, "--megatron-path", tmp_path / "megatron", "--select", "weights"
-    )
+        "verify", "--hf-model", hf, "--megatron-path", tmp_path / "megatron",
+        "--checks", "round_trip",
+    )  # fmt: skip
     assert done.returncode == 1
     assert "low_freq_factor=2.0" in done.stdout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ from harness import checks, runner
 from harness.bench import Bench
 from harness.checks import Check
 from harness.compare import Finding
-from harness.report.evidence import evidence, to_json
 from harness.report.text import print_report
 from harness.runner import Result, RunReport, in_running_order, run_cases
 from harness.suite import Case, load_suite
@@ -195,29 +193,6 @@ def test_the_text_report_shows_every_model_and_every_failure_with_its_place() ->
     assert "FAILED logits/tied/tp2-pp1/float32/short\n  value 37.5\n  --> here" in text
     assert "ERROR config/puzzle/float32\n  trace\n  back" in text
     assert lines[-1].strip() == "2 passed, 2 failed, 1 errors, 1 not run (gpu) in 2 s"
-
-
-def test_the_evidence_holds_inputs_versions_and_every_value() -> None:
-    """Strict JSON, NaN included, so that any reader takes it."""
-    data = evidence(
-        results(),
-        command=["nemotron-bridge", "parity"],
-        suite="parity",
-        inputs={"tied": {"config_sha256": "0" * 64}},
-        versions={"python": "3.11"},
-    )
-    read = json.loads(to_json(data), parse_constant=pytest.fail)
-    assert read["schema_version"] == 1
-    assert read["verdict"] == "failed"
-    assert read["counts"] == "2 passed, 2 failed, 1 errors, 1 not run (gpu)"
-    assert read["inputs"]["tied"]["config_sha256"] == "0" * 64
-    by_id = {one["id"]: one for one in read["cases"]}
-    failed = by_id["logits/tied/tp2-pp1/float32/short"]
-    assert {"status": "failed", "value": 37.5, "limit": 1.0, "places": ["here"]}.items() <= (
-        failed.items()
-    )
-    assert by_id["logits/puzzle/tp2-pp1/float32/long"]["value"] == "nan"
-    assert by_id["config/puzzle/float32"]["traceback"] == "trace\nback"
 
 
 def test_the_registry_names_modules_that_exist_and_claims_in_words() -> None:

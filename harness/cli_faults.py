@@ -1,0 +1,259 @@
+"""`faults` and `alarms`: does every check see what it should, and nothing that is not there?"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bridge.cli import app
+from bridge.cli_options import Json
+from bridge.errors import UsageError
+from harness.cli_tools import DeviceName
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from harness.faults.matrix import Matrix
+
+Workers = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Processes; by default one per core, at most eight."),
+]
+CaseTimeout = Annotated[
+    float, typer.Option("--timeout", min=1, help="Seconds that one case may keep ranks busy.")
+]
+Checks = Annotated[
+    str | None, typer.Option("--checks", help="Comma-separated; by default every check.")
+]
+Report = Annotated[
+    Path | None, typer.Option("--report", help="Directory for the results as files.")
+]
+
+
+@app.command()
+def faults(
+    select: Annotated[
+        list[str] | None,
+        typer.Option("--select", help="Only faults whose name has this in it, or fits this glob."),
+    ] = None,
+    toys: Annotated[
+        str | None, typer.Option("--toys", help="Comma-separated toys to try them on.")
+    ] = None,
+    checks: Checks = None,
+    device: DeviceName = "cpu",
+    workers: Workers = None,
+    timeout: CaseTimeout = 120.0,
+    list_only: Annotated[
+        bool, typer.Option("--list", "--dry-run", help="Show the catalogue; run nothing.")
+    ] = False,
+    json_: Json = False,
+    report: Report = None,
+) -> None:
+    """Break the bridge in every way of the catalogue, and see every break noticed.
+
+    Exits with 1 if a fault survives, if a check kills nothing or could be left away, or if a check
+    fails without any fault.
+    """
+    from bridge.console import print_json, stdout, table
+    from harness.faults import CATALOGUE
+    from harness.faults.matrix import DEFAULT_TOYS, run_matrix
+    from harness.report.progress import CountProgress
+    from harness.toys import toy_named
+
+    names = _chosen(list(CATALOGUE), select or ())
+    if list_only:
+        if json_:
+            print_json([_about(name) for name in names])
+            return
+        rows = table("fault", "family", "stands for")
+        for name in names:
+            rows.add_row(name, CATALOGUE[name].family, CATALOGUE[name].stands_for)
+        stdout().print(rows)
+        return
+    chosen = tuple(toy_named(one).name for one in _split(toys)) or DEFAULT_TOYS
+    looking = known_checks(checks)
+    with CountProgress("faults") as progress:
+        matrix, alarms = run_matrix(
+            faults=names, toys=chosen, checks=looking, device=device, workers=workers,
+            timeout=timeout,
+            on_unit=lambda unit, total: progress.advance(
+                total,
+                f"{unit.fault} on {unit.toy}",
+                "" if unit.killed_by else f"SURVIVED {unit.fault} on {unit.toy}",
+            ),
+        )  # fmt: skip
+    # Whether a check is needed shows only where every fault and every check took part.
+    whole = not select and not checks and not toys
+    wrong = [f"survived: {name}" for name in matrix.survivors]
+    wrong += [f"failed without a fault: {alarm}" for alarm in alarms]
+    if whole:
+        wrong += [f"kills nothing: {name}" for name in matrix.idle_checks]
+        wrong += [
+            f"could be left away: {name}"
+            for name in matrix.redundant_checks
+            if name not in matrix.idle_checks
+        ]
+    data = matrix.to_dict() | {"alarms": alarms, "problems": wrong}
+    if report is not None:
+        _write(report, "faults.json", data)
+        _write_matrix(report, data)
+    if json_:
+        print_json(data)
+    else:
+        console = stdout()
+        console.print(_as_table(matrix))
+        _say(console, matrix, wrong)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _about(name: str) -> dict[str, str]:
+    from harness.faults import CATALOGUE
+
+    fault = CATALOGUE[name]
+    return {"name": name, "family": fault.family, "stands_for": fault.stands_for}
+
+
+def _chosen(known: Sequence[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    found = tuple(
+        name
+        for name in known
+        if not patterns or any(one in name or fnmatch.fnmatchcase(name, one) for one in patterns)
+    )
+    if not found:
+        raise UsageError(
+            f"no fault is selected by {', '.join(patterns)}", hint="--list shows the catalogue"
+        )
+    return found
+
+
+def _split(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def known_checks(text: str | None) -> tuple[str, ...]:
+    """Names of checks, comma-separated; refuse unknown ones with UsageError BR001."""
+    from harness.checks import CHECKS
+
+    names = tuple(dict.fromkeys(_split(text)))
+    unknown = [name for name in names if name not in CHECKS]
+    if unknown or (text is not None and not names):
+        raise UsageError(
+            f"no check is called {', '.join(unknown) or 'nothing'}",
+            where="--checks",
+            hint=f"known: {', '.join(CHECKS)}",
+        )
+    return names
+
+
+def _as_table(matrix: Matrix) -> Table:
+    """Faults down, checks across: X killed wherever it looked, x on some toys, . looked in vain."""
+    from rich.text import Text
+
+    from bridge.console import table
+
+    rows = table("fault", *matrix.checks, "toys")
+    for fault in matrix.faults:
+        units = [unit for unit in matrix.units if unit.fault == fault]
+        cells: list[Text | str] = []
+        for check in matrix.checks:
+            looked = [unit for unit in units if check in unit.checks]
+            kills = [unit for unit in looked if check in unit.killed_by]
+            if not looked:
+                cells.append("")
+            elif not kills:
+                cells.append(Text(".", style="dim"))
+            else:
+                cells.append(Text("X" if len(kills) == len(looked) else "x", style="green"))
+        alive = [unit for unit in units if not unit.killed_by]
+        count = Text(f"{len(units) - len(alive)}/{len(units)}")
+        if alive or not units:
+            count = Text(f"{count} SURVIVED", style="bold red")
+        rows.add_row(fault, *cells, count)
+    return rows
+
+
+def _say(console: Any, matrix: Matrix, wrong: Sequence[str]) -> None:  # noqa: ANN401 - a rich Console
+    from rich.text import Text
+
+    console.print(
+        "\nX killed on every toy, x on some, . looked and passed; a check sees a fault only where "
+        "it comes in"
+    )
+    for check, names in matrix.indispensable.items():
+        if names:
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            console.print(f"only {check} kills {shown}")
+    for line in wrong:
+        console.print(Text(line, style="bold red"))
+    killed = len(matrix.faults) - len(matrix.survivors)
+    toys = len({unit.toy for unit in matrix.units})
+    console.print(
+        Text(
+            f"{killed} of {len(matrix.faults)} faults killed by {len(matrix.checks)} checks on "
+            f"{toys} toys, {len(matrix.units)} units, {len(wrong)} problems in "
+            f"{matrix.seconds:.0f} s",
+            style="bold red" if wrong else "bold green",
+        )
+    )
+
+
+def _write(directory: Path, name: str, data: dict[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+
+
+def _write_matrix(directory: Path, data: dict[str, Any]) -> None:
+    from harness.report.html import render_kill_matrix
+
+    (directory / "faults.html").write_text(render_kill_matrix(data), "utf-8")
+
+
+@app.command()
+def alarms(
+    count: Annotated[int, typer.Option("--count", min=1, help="How many random models.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which ones.")] = 0,
+    checks: Checks = None,
+    device: DeviceName = "cpu",
+    workers: Workers = None,
+    timeout: CaseTimeout = 120.0,
+    json_: Json = False,
+    report: Report = None,
+) -> None:
+    """Run random healthy models through every check: any failure is a false alarm, exit code 1."""
+    from bridge.console import print_json, stdout
+    from harness.alarms import run_alarms, write_down
+    from harness.report.progress import CountProgress
+
+    looking = known_checks(checks)
+    if "golden" in looking:
+        raise UsageError("random models have no golden", where="--checks")
+    with CountProgress("models") as progress:
+        found = run_alarms(
+            count, start=seed, checks=looking, device=device, workers=workers, timeout=timeout,
+            on_model=lambda _done, new: progress.advance(
+                count, "", "; ".join(f"ALARM {one.replay.case.id}: {one.summary}" for one in new)
+            ),
+        )  # fmt: skip
+    directory = report or Path("out") / "alarms"
+    commands = [write_down(alarm, directory) for alarm in found.alarms]
+    data = found.to_dict() | {"replay": commands}
+    if report is not None:
+        _write(report, "alarms.json", data)
+    if json_:
+        print_json(data)
+    else:
+        console = stdout()
+        for alarm, command in zip(found.alarms, commands, strict=True):
+            console.print(f"{alarm.replay.case.id}: {alarm.summary.splitlines()[0]}\n  {command}")
+        console.print(
+            f"{found.models} healthy models, {found.cases} cases, {len(found.alarms)} alarms, "
+            f"{len(found.features)} features met, in {found.seconds:.0f} s"
+        )
+    if found.alarms:
+        raise typer.Exit(1)

@@ -1,0 +1,252 @@
+"""The kill matrix: every fault against every check, on several toys.
+
+A unit is one fault on one toy. Its cases are those of `MATRIX_CASES` whose check can see one of the
+fault's seams (`Check.sees`); what it cannot see it cannot kill, which a test holds the checks to.
+Units run in a few processes, each with rank processes of its own. A fault that no check kills on a
+toy that it applies to survives; a check that kills nothing is no check.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from harness.bench import Bench
+from harness.checks import CHECKS
+from harness.faults import CATALOGUE, applicable, fault_named
+from harness.hooks import Fault, seams_of
+from harness.layouts import fits
+from harness.runner import Result, in_running_order, run_case
+from harness.suite import Case
+from harness.workers import over_benches
+
+DEFAULT_TOYS: Final = ("nano-4b", "51b", "super-49b-v1_5", "tied")
+_MAIN: Final = "tp2-pp2-vp2"
+MATRIX_CASES: Final[Sequence[tuple[str, str | None, str | None]]] = (
+    ("config", None, None),
+    ("round_trip", "tp1-pp1", None),
+    ("placement", "tp1-pp1", None),
+    ("placement", _MAIN, None),
+    ("resharding", "tp2-pp1", None),
+    ("rope", _MAIN, None),
+    ("logits", "tp1-pp1", "long"),
+    ("logits", _MAIN, "short"),
+    ("logits", _MAIN, "long"),
+    ("layouts", _MAIN, "long"),
+    ("layouts", "tp2-pp1", "short"),
+    ("blocks", "tp1-pp1", "long"),
+    ("blocks", _MAIN, "short"),
+    ("gradients", _MAIN, None),
+    ("gradients", "tp2-pp1-sp", None),
+    ("generation", "tp2-pp1", None),
+    ("golden", None, None),
+)
+"""(check, layout, probe): TP, PP and VPP at once, one rank alone, and sequence parallelism."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One fault on one toy, and what became of its cases."""
+
+    fault: str
+    toy: str
+    killed_by: tuple[str, ...]
+    """Checks that failed or refused."""
+    first: str
+    """What the first of them said."""
+    checks: tuple[str, ...]
+    """Checks that looked."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Matrix:
+    """All units of a run."""
+
+    units: Sequence[Unit]
+    checks: Sequence[str]
+    seconds: float
+    faults: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def killed_by(self) -> dict[str, list[str]]:
+        """Per fault the checks that killed it on some toy, in the order of the registry."""
+        found: dict[str, set[str]] = {name: set() for name in self.faults}
+        for unit in self.units:
+            found[unit.fault].update(unit.killed_by)
+        return {
+            name: [check for check in self.checks if check in killers]
+            for name, killers in found.items()
+        }
+
+    @property
+    def survivors(self) -> list[str]:
+        """Faults that some toy let through, and those that no toy was there for."""
+        alive = {unit.fault for unit in self.units if not unit.killed_by}
+        tried = {unit.fault for unit in self.units}
+        return [name for name in self.faults if name in alive or name not in tried]
+
+    @property
+    def idle_checks(self) -> list[str]:
+        """Checks that killed nothing."""
+        busy = {check for killers in self.killed_by.values() for check in killers}
+        return [check for check in self.checks if check not in busy]
+
+    @property
+    def indispensable(self) -> dict[str, list[str]]:
+        """Per check the faults that would survive somewhere without it."""
+        found: dict[str, list[str]] = {check: [] for check in self.checks}
+        for unit in self.units:
+            if len(unit.killed_by) == 1 and unit.fault not in found[unit.killed_by[0]]:
+                found[unit.killed_by[0]].append(unit.fault)
+        return found
+
+    @property
+    def redundant_checks(self) -> list[str]:
+        """Checks without which nothing would survive."""
+        return [check for check, faults in self.indispensable.items() if not faults]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `nemotron-bridge faults --json` prints it."""
+        return {
+            "faults": list(self.faults),
+            "checks": list(self.checks),
+            "killed_by": self.killed_by,
+            "survivors": self.survivors,
+            "idle_checks": self.idle_checks,
+            "redundant_checks": self.redundant_checks,
+            "only_killed_by": self.indispensable,
+            "toys": sorted({unit.toy for unit in self.units}),
+            "families": {name: CATALOGUE[name].family for name in self.faults},
+            "stands_for": {name: CATALOGUE[name].stands_for for name in self.faults},
+            "units": [
+                {
+                    "fault": unit.fault,
+                    "toy": unit.toy,
+                    "killed_by": list(unit.killed_by),
+                    "looked": list(unit.checks),
+                    "first": unit.first,
+                    "seconds": round(unit.seconds, 3),
+                }
+                for unit in self.units
+            ],
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def cases_for(toy: str, bench: Bench, checks: Sequence[str], *, device: str = "cpu") -> list[Case]:
+    """The matrix's cases that a toy can be cut into."""
+    found = [
+        Case(check=check, model=toy, dtype="float32", layout=layout, probe=probe, device=device)
+        for check, layout, probe in MATRIX_CASES
+        if check in checks
+    ]
+    return [case for case in found if case.layout is None or fits(case.layout, bench.spec(case))]
+
+
+def killing_results(cases: Sequence[Case], bench: Bench, fault: Fault) -> Iterator[Result]:
+    """Run what can see a fault; every result, passes included."""
+    seams = seams_of(fault)
+    faulty = bench.under(fault)
+    faulty.localises = False  # the matrix asks whether, not where: see tests/harness/test_localize
+    for case in in_running_order(cases):
+        if CHECKS[case.check].sees & seams:
+            yield run_case(case, faulty)
+
+
+def run_unit(bench: Bench, name: str, toy: str, checks: Sequence[str], device: str) -> Unit:
+    """Run one fault on one toy.
+
+    Args:
+        bench: A healthy one.
+        name: Of the fault.
+        toy: On which.
+        checks: Which checks look.
+        device: Where ranks run.
+    """
+    started = time.monotonic()
+    cases = cases_for(toy, bench, checks, device=device)
+    results = list(killing_results(cases, bench, fault_named(name)))
+    kills = [result for result in results if result.status in ("failed", "error")]
+    return Unit(
+        fault=name,
+        toy=toy,
+        killed_by=tuple(dict.fromkeys(result.case.check for result in kills)),
+        first=f"{kills[0].case.id}: {kills[0].summary}" if kills else "",
+        checks=tuple(dict.fromkeys(result.case.check for result in results)),
+        seconds=time.monotonic() - started,
+    )
+
+
+def run_healthy(bench: Bench, toy: str, checks: Sequence[str], device: str) -> list[str]:
+    """What fails on the toy without a fault: nothing, or the matrix means nothing."""
+    cases = in_running_order(cases_for(toy, bench, checks, device=device))
+    results = [run_case(case, bench) for case in cases]
+    return [
+        f"{result.case.id}: {result.summary}" for result in results if result.status != "passed"
+    ]
+
+
+def _unit(
+    bench: Bench, name: str | None, toy: str, checks: Sequence[str], device: str
+) -> Unit | list[str]:
+    if name is None:
+        return run_healthy(bench, toy, checks, device)
+    return run_unit(bench, name, toy, checks, device)
+
+
+def run_matrix(
+    *,
+    faults: Sequence[str] = (),
+    toys: Sequence[str] = DEFAULT_TOYS,
+    checks: Sequence[str] = (),
+    device: str = "cpu",
+    workers: int | None = None,
+    timeout: float = 120.0,
+    on_unit: Callable[[Unit, int], None] = lambda _unit, _total: None,
+) -> tuple[Matrix, list[str]]:
+    """Run faults against checks.
+
+    Args:
+        faults: Names; none for all.
+        toys: On which.
+        checks: Which checks look; none for all.
+        device: Where ranks run.
+        workers: Processes; see `over_benches`.
+        timeout: Seconds a case may take.
+        on_unit: Called with each unit as it ends, and with how many there are.
+
+    Returns:
+        The matrix, and what failed without any fault.
+    """
+    started = time.monotonic()
+    names = tuple(faults) or tuple(CATALOGUE)
+    looking = tuple(checks) or tuple(CHECKS)
+    wanted = [(name, toy) for name in names for toy in toys if applies(name, toy)]
+    arguments: list[tuple[Any, ...]] = [(None, toy, looking, device) for toy in toys]
+    arguments += [(name, toy, looking, device) for name, toy in wanted]
+    units: dict[int, Unit] = {}
+    alarms: list[str] = []
+    for number, found in over_benches(_unit, arguments, workers=workers, timeout=timeout):
+        if isinstance(found, Unit):
+            units[number] = found
+            on_unit(found, len(wanted))
+        else:
+            alarms += found
+    matrix = Matrix(
+        units=[units[number] for number in sorted(units)],
+        checks=looking,
+        faults=names,
+        seconds=time.monotonic() - started,
+    )
+    return matrix, alarms
+
+
+def applies(name: str, toy: str) -> bool:
+    """Whether a fault has something to spoil on a toy."""
+    from bridge.hf_config import spec_from_hf_config
+    from harness.toys import toy_named
+
+    return applicable(fault_named(name), spec_from_hf_config(toy_named(toy).config))

@@ -1,0 +1,111 @@
+"""A run as Markdown, for a pull request or a release note."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from harness.report.summary import by_check, by_layout, failures, gib, matrix_rows, short
+
+_SPECIAL: Final = re.compile(r"([\\`*_\[\]<>|#~])")
+_WORD: Final = {"passed": "PASSED", "failed": "FAILED", "incomplete": "INCOMPLETE"}
+
+
+def markdown(data: Mapping[str, Any], *, kill_matrix: Mapping[str, Any] | None = None) -> str:
+    """Evidence as Markdown; with the kill matrix, if there is one."""
+    parts = [
+        f"# {_WORD[data['verdict']]}: {_plain(data['counts'])}",
+        f"`{_code(' '.join(data['command']))}`, started {data['started']}, {data['seconds']:.0f} s",
+        "## By model and check",
+        _table(*by_check(data)),
+    ]
+    heat = by_layout(data)
+    if heat.rows:
+        cells = [[short(cell.value) for cell in row] for row in heat.cells]
+        parts += [
+            "## Excess error of the logits by layout",
+            "Largest distance from the float64 oracle, the reference's own being 1.",
+            _table(["model", *heat.columns], _rows(heat.rows, cells)),
+        ]
+    broken = failures(data)
+    if broken:
+        parts.append("## What failed")
+        parts += [_failure(case) for case in broken]
+    if kill_matrix is not None:
+        parts += ["## Kill matrix", _matrix(kill_matrix)]
+    parts += [
+        "## Inputs",
+        _table(
+            ["model", "configuration", "weight files", "bytes"],
+            [
+                [
+                    name,
+                    found["config_sha256"][:16],
+                    str(len(found["weight_files"])),
+                    str(sum(one["bytes"] for one in found["weight_files"].values())),
+                ]
+                for name, found in data["inputs"].items()
+            ],
+        ),
+        "## Limits",
+        _table(
+            ["limit", "dtype", "value", "unit"],
+            [
+                [one["name"], one["dtype"], f"{one['limit']:g}", one["unit"]]
+                for one in data["thresholds"]
+            ],
+        ),
+        "## Made with",
+        _made_with(data),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _failure(case: Mapping[str, Any]) -> str:
+    lines = [f"- **{_plain(case['id'])}**: {_plain(case['summary'])}"]
+    lines += [f"  - {_plain(place)}" for place in case.get("places", ())]
+    return "\n".join(lines)
+
+
+def _matrix(data: Mapping[str, Any]) -> str:
+    survivors = data["survivors"]
+    said = f"{len(data['faults'])} faults, {len(survivors)} survivors"
+    if survivors:
+        said += f": {', '.join(_plain(name) for name in survivors)}"
+    rows = [[fault, *("x" if killed else "" for killed in row)] for fault, row in matrix_rows(data)]
+    return f"{said}\n\n{_table(['fault', *data['checks']], rows)}"
+
+
+def _made_with(data: Mapping[str, Any]) -> str:
+    environment, hardware = data["environment"], data["hardware"]
+    versions = {"nemotron-bridge": environment["nemotron-bridge"], **environment["versions"]}
+    items = [f"{name} {version}" for name, version in versions.items() if version]
+    items += [f"Python {environment['python']}", f"code {data['code_sha256'][:16]}"]
+    items.append(
+        f"{hardware['cpu']}, {hardware['cores']} cores, {gib(hardware['memory_bytes'])}"
+        + "".join(f", {name}" for name in hardware["gpus"])
+    )
+    return "\n".join(f"- {_plain(item)}" for item in items)
+
+
+def _rows(names: Iterable[str], cells: Iterable[Sequence[str]]) -> list[list[str]]:
+    return [[name, *row] for name, row in zip(names, cells, strict=True)]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = [
+        line if number == 1 else [_plain(cell) for cell in line]
+        for number, line in enumerate(lines)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown takes for nothing else."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    return text.replace("`", "'")

@@ -1,0 +1,70 @@
+"""The catalogue: enough faults, each told apart, each able to reach a rank process."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+
+import pytest
+
+from bridge.hf_config import spec_from_hf_config
+from bridge.spec import ModelSpec
+from harness.errors import SuiteError
+from harness.faults import CATALOGUE, applicable, fault_named
+from harness.faults.matrix import DEFAULT_TOYS
+from harness.hooks import SEAMS, seams_of
+from harness.toys import TOYS
+
+FAMILIES = {
+    "mapping", "layout", "configuration", "rope", "norm", "arithmetic", "parallel", "launch",
+    "storage", "reference",
+}  # fmt: skip
+
+
+def spec_of(toy: str) -> ModelSpec:
+    """A toy's model."""
+    return spec_from_hf_config(TOYS[toy].config)
+
+
+def test_there_are_sixty_faults_or_more_in_every_family() -> None:
+    """No family is left out."""
+    assert len(CATALOGUE) >= 60
+    assert set(Counter(fault.family for fault in CATALOGUE.values())) == FAMILIES
+
+
+def test_every_seam_is_used() -> None:
+    """A seam that no fault comes in by is not proved to be one."""
+    assert set().union(*map(seams_of, CATALOGUE.values())) == set(SEAMS)
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_fault_says_what_it_stands_for_and_travels(name: str) -> None:
+    """It has a name of its own, a bug it stands for, a seam, and can be sent to a rank."""
+    fault = CATALOGUE[name]
+    assert fault.name == name
+    assert len(fault.stands_for) > 10
+    assert seams_of(fault)
+    assert pickle.loads(pickle.dumps(fault)).name == name  # noqa: S301 - our own
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_fault_has_a_toy_to_spoil(name: str) -> None:
+    """At least one toy of the matrix has what it spoils."""
+    assert any(applicable(CATALOGUE[name], spec_of(toy)) for toy in DEFAULT_TOYS)
+
+
+def test_most_faults_have_three_toys() -> None:
+    """Only what is bound to a trait, such as linear replacements, has fewer."""
+    few = [
+        name
+        for name, fault in CATALOGUE.items()
+        if sum(applicable(fault, spec_of(toy)) for toy in DEFAULT_TOYS) < 3
+    ]
+    assert len(few) < len(CATALOGUE) / 5
+
+
+def test_an_unknown_fault_is_refused_by_name() -> None:
+    """With where to look."""
+    with pytest.raises(SuiteError, match="no fault is called 'nonsense'") as caught:
+        fault_named("nonsense")
+    assert "--list" in (caught.value.hint or "")

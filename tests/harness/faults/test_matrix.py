@@ -1,0 +1,75 @@
+"""The matrix counts honestly, and checks see only what they say they see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.bench import Bench
+from harness.checks import CHECKS
+from harness.faults.matrix import Matrix, Unit, cases_for, run_unit
+from harness.hooks import SEAMS, Fault
+from harness.runner import run_case
+
+
+def unit(fault: str, toy: str, *killed_by: str) -> Unit:
+    """One fault on one toy, looked at by all checks."""
+    return Unit(
+        fault=fault, toy=toy, killed_by=killed_by, first="", checks=("a", "b", "c"), seconds=0.0
+    )
+
+
+def test_a_fault_survives_when_one_toy_lets_it_through_or_none_tried_it() -> None:
+    """Killed on one toy is not killed."""
+    matrix = Matrix(
+        units=[unit("one", "x", "a"), unit("one", "y"), unit("two", "x", "a", "b")],
+        checks=("a", "b", "c"),
+        faults=("one", "two", "three"),
+        seconds=0.0,
+    )
+    assert matrix.survivors == ["one", "three"]
+    assert matrix.killed_by == {"one": ["a"], "two": ["a", "b"], "three": []}
+    assert matrix.idle_checks == ["c"]
+
+
+def test_a_check_is_redundant_when_nothing_depends_on_it_alone() -> None:
+    """`b` kills, but `a` kills all of it too."""
+    matrix = Matrix(
+        units=[unit("one", "x", "a"), unit("two", "x", "a", "b")],
+        checks=("a", "b"),
+        faults=("one", "two"),
+        seconds=0.0,
+    )
+    assert matrix.redundant_checks == ["b"]
+    assert matrix.indispensable["a"] == ["one"]
+
+
+def explode(*_: Any, **__: Any) -> Any:  # noqa: ANN401 - stands for any seam
+    """Nobody may get here."""
+    raise AssertionError("a check went through a seam that it does not declare")
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_check_goes_through_no_seam_it_does_not_declare(check: str, tmp_path: Path) -> None:
+    """With every other seam booby-trapped, it passes as if nothing were there."""
+    traps: dict[str, Callable[..., Any]] = {
+        seam: explode for seam in SEAMS if seam not in CHECKS[check].sees
+    }
+    trapped = Fault(name="trapped", **traps)  # type: ignore[arg-type]  # any seam
+    with Bench(tmp_path, timeout=120) as bench:
+        case = cases_for("nano-4b", bench, [check])[-1]
+        assert run_case(case, bench.under(trapped)).status == "passed"
+
+
+@pytest.mark.ranks
+def test_a_unit_names_its_killers_in_order(tmp_path: Path) -> None:
+    """A wrong RoPE factor is seen by the configuration and by RoPE, in a model of any kind."""
+    with Bench(tmp_path, timeout=120) as bench:
+        found = run_unit(bench, "rope-factor", "nano-4b", ["config", "placement", "rope"], "cpu")
+    assert found.killed_by == ("config", "rope")
+    assert found.checks == ("config", "placement", "rope")
+    assert found.first.startswith("config/nano-4b/float32: ")

@@ -1,0 +1,188 @@
+"""JUnit, Markdown and HTML say what the evidence says, as text, whatever is in it."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.report.charts import Series, bars, lines
+from harness.report.evidence import read_evidence
+from harness.report.html import html, render_kill_matrix
+from harness.report.junit import junit
+from harness.report.markdown import markdown
+from harness.report.write import write_reports
+from harness.runner import Result
+from tests.harness.report.conftest import HOSTILE, POSITIONS
+
+Make = Callable[..., dict[str, Any]]
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on tags that do not match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Remember it."""
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """`<line/>` of SVG."""
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close the last one."""
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        """Collect it."""
+        self.text += data
+
+
+def test_junit_tells_failures_errors_and_what_was_not_run_apart(make_evidence: Make) -> None:
+    """Counts agree with elements, and terminal escapes do not break the XML."""
+    root = ET.fromstring(junit(make_evidence()))  # noqa: S314 - our own
+    suite = root.find("testsuite")
+    assert suite is not None
+    counts = {"tests": "testcase", "failures": "failure", "errors": "error", "skipped": "skipped"}
+    for attribute, tag in counts.items():
+        assert int(suite.attrib[attribute]) == len(list(suite.iter(tag)))
+    assert {name: suite.attrib[name] for name in counts} == {
+        "tests": "8", "failures": "2", "errors": "1", "skipped": "1",
+    }  # fmt: skip
+    (skipped,) = suite.iter("skipped")
+    assert skipped.attrib["message"] == "gpu"
+    (error,) = suite.iter("error")
+    assert HOSTILE in (error.text or "")
+    assert error.attrib["type"] == "ValueError"
+
+
+def test_markdown_begins_with_the_verdict_and_no_text_of_ours_becomes_markup(
+    make_evidence: Make, kill_matrix: dict[str, Any]
+) -> None:
+    """Tables keep their columns; names stay names."""
+    text = markdown(make_evidence(), kill_matrix=kill_matrix)
+    assert text.startswith("# FAILED: 4 passed, 2 failed, 1 errors, 1 not run (gpu)\n")
+    assert "| puzzle | 0/1 ERROR | 1/2 FAILED | - |" in text
+    assert "| tied | 0.97 | 37.5 |" in text
+    assert "3 faults, 1 survivors: no-scaling" in text
+    outside_code = re.sub(r"`[^`\n]*`", "", text)
+    assert not re.search(r"(?<!\\)<script", outside_code)
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE):
+        columns = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(columns) == 1
+
+
+def test_the_page_is_self_contained_and_well_formed(
+    make_evidence: Make, kill_matrix: dict[str, Any]
+) -> None:
+    """No script, nothing fetched, and what looks like markup is shown."""
+    text = html(make_evidence(), kill_matrix=kill_matrix)
+    page = Page(text)
+    assert {"script", "link", "img", "iframe"}.isdisjoint(page.tags)
+    assert not [name for name, _ in page.attributes if name in ("src", "href") or name[:2] == "on"]
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert HOSTILE in page.text
+    assert page.tags.count("svg") == 1 + 2 * 4  # blocks of one model, logits of two
+
+
+def test_the_page_says_the_verdict_before_anything_else(make_evidence: Make) -> None:
+    """Then every failure with its place."""
+    text = Page(html(make_evidence())).text.partition("}\n")[2]
+    visible = text[text.rindex("@media print") :].partition("\n\n")[2] or text
+    assert visible.index("Failed") < visible.index("Models and checks")
+    assert visible.index("What failed") < visible.index("Models and checks")
+    assert "token 4" in visible
+    assert "37.5" in visible
+
+
+def test_the_pictures_are_of_the_worst_case_of_each_model(make_evidence: Make) -> None:
+    """Not of the first, and a value that could not be measured is the worst."""
+    page = html(make_evidence())
+    captions = re.findall(r'<h3>(logits/\S+) <span class="(\w+)-text', page)
+    assert captions == [
+        ("logits/tied/tp2-pp1/float32/long", "failed"),
+        ("logits/puzzle/tp2-pp1/float32/long", "failed"),
+    ]
+    assert all(f">{position}</text>" in page for position in POSITIONS)
+
+
+def test_a_run_of_one_case_without_pictures_is_a_page(
+    make_evidence: Make, run_results: list[Result]
+) -> None:
+    """Sections that have nothing to show are not there."""
+    page = Page(html(make_evidence(run_results[:1], memory={}, suite=None)))
+    assert "svg" not in page.tags
+    assert "Kill matrix" not in page.text
+    assert "Passed" in page.text
+
+
+def test_the_kill_matrix_shows_survivors_and_idle_checks(kill_matrix: dict[str, Any]) -> None:
+    """One square for each check that saw a fault."""
+    text = render_kill_matrix(kill_matrix)
+    page = Page(text)
+    assert text.count('aria-label="killed"') == 3
+    assert text.count('<tr class="survivor">') == 1
+    assert "1 survived: no-scaling" in page.text
+    assert "Checks that saw none: golden" in page.text
+    assert HOSTILE in page.text
+
+
+def test_all_reports_are_written_and_the_evidence_can_be_read_back(
+    make_evidence: Make, tmp_path: Path
+) -> None:
+    """A failed run has its reports too."""
+    data = make_evidence()
+    write_reports(data, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "evidence.json", "junit.xml", "report.html", "report.md",
+    ]  # fmt: skip
+    assert read_evidence(tmp_path) == data
+
+
+@pytest.mark.parametrize("values", [[], [None], [float("nan")], [0.0, -1.0], [float("inf")]])
+def test_a_figure_without_a_value_to_draw_says_so(values: list[float | None]) -> None:
+    """No error, and no empty axes that look like zeros."""
+    series = [Series(name="x", style="s1", values=values)]
+    assert "Nothing to draw" in lines(series, ["0"] * len(values), x="x", y="y")
+    assert "Nothing to draw" in bars([("0", 0)], x="x", y="y")
+
+
+def test_zero_everywhere_is_told_from_no_value() -> None:
+    """Bit-equal logits are not missing ones."""
+    for values, said in (([0.0, 0.0], "zero everywhere"), ([0.0, None], "no value")):
+        series = [Series(name="x", style="s1", values=values)]
+        assert said in lines(series, ["0", "1"], x="x", y="y")
+
+
+def test_a_value_that_cannot_be_drawn_leaves_a_gap() -> None:
+    """Two lines of two points each, not one through the hole."""
+    values = [1.0, 2.0, float("nan"), 4.0, 8.0]
+    drawn = lines([Series(name="x", style="s1", values=values)], list("abcde"), x="x", y="y")
+    assert drawn.count("<polyline") == 2
+    assert drawn.count("<circle") == 4
+
+
+def test_larger_values_are_drawn_higher() -> None:
+    """An axis that ran the other way would still look fine."""
+    drawn = lines([Series(name="x", style="s1", values=[1.0, 10.0])], ["a", "b"], x="x", y="y")
+    low, high = (float(y) for y in re.findall(r'<circle [^>]*cy="([\d.]+)"', drawn))
+    assert high < low
