@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar
 
@@ -25,9 +25,9 @@ from harness.compare import oracle_weights, read_safetensors
 from harness.detached import DetachedReference
 from harness.errors import ReferenceUnavailableError
 from harness.generation import Generated, hf_greedy, prompts_of
-from harness.gradients import ReferenceGradients, hf_loss_and_gradients
 from harness.golden import cases as golden_cases
 from harness.golden.tensors import describe_tensors
+from harness.gradients import ReferenceGradients, hf_loss_and_gradients
 from harness.hooks import HEALTHY, Fault
 from harness.launcher import DEFAULT_TIMEOUT, RankPool
 from harness.layouts import resolve_layout
@@ -132,7 +132,7 @@ class Bench:
             workdir, subjects=subjects, fault=self.fault, timeout=self.timeout,
             log_dir=self.log_dir, thresholds=self.thresholds,
         )  # fmt: skip
-        found._pools = self._pools  # noqa: SLF001 - its own class
+        found._pools = self._pools
         return found
 
     def __enter__(self) -> Self:
@@ -224,7 +224,7 @@ class Bench:
         return self._once(
             "converted", hf, layout,
             make=lambda: self._import(case, hf, self.layout(case, layout)),
-            spoilt=not (fault.spec is fault.code is fault.checkpoint is None),
+            spoilt=any(one is not None for one in (fault.spec, fault.code, fault.checkpoint)),
         )  # fmt: skip
 
     def _options(self, case: Case) -> ConversionOptions:
@@ -518,8 +518,10 @@ class Bench:
         return self._once("logits", request, probe.name, make=compute)
 
     def saved_by_megatron(self, case: Case, layout: str | None = None) -> Path:
-        """The case's model as Megatron-Core's own saver writes it from the ranks of a layout."""
-        request = self.request(case, layout=layout)
+        """The case's model, in its own dtype, as Megatron-Core saves it from a layout's ranks."""
+        request = replace(
+            self.request(case, layout=layout), params_dtype=self.spec(case).params_dtype
+        )
 
         def save() -> Path:
             target = self.fresh(f"{case.model}-{request.layout.name}-saved-by-megatron")

@@ -97,9 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     samples.sort(key=lambda one: one.layout)  # groups are formed once for each
     with tempfile.TemporaryDirectory() as directory, Bench(Path(directory)) as bench:
         faulty = bench.under(fault)
-        found = [
-            measure(sample, options.check, faulty, dtype=options.dtype) for sample in samples
-        ]
+        found = [measure(sample, options.check, faulty, dtype=options.dtype) for sample in samples]
     sys.stdout.write(json.dumps(summarise(found), indent=2) + "\n")
     return 0
 

@@ -68,7 +68,8 @@ def load_by_megatron(
         wanted = {f"model{index}": part.sharded_state_dict() for index, part in enumerate(theirs)}
         loaded = dist_checkpointing.load(wanted, str(path), strict=StrictHandling.RAISE_UNEXPECTED)
         for index, part in enumerate(theirs):
-            part.load_state_dict(loaded[f"model{index}"], strict=True)
+            # A stage that holds nothing has no entry; strict, anything else would miss its own.
+            part.load_state_dict(loaded.get(f"model{index}", {}), strict=True)
         whose = f"Megatron-Core loads from {name}"
         found, count = _differences(context, ours, theirs, whose)
         problems += found

@@ -33,6 +33,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _MAX_TEXTS: Final = 8
 _ELEMENTS_KEPT: Final = 1 << 22
 """Of one weight, while mistakes are tried."""
+_ALIKE: Final = 1e-3
+"""Difference of explained shares below which two mistakes are one on this model."""
 _CONVINCING: Final = 0.5
 """Share of the error that a mistake must explain to be named as the suspect."""
 
@@ -282,10 +284,10 @@ def _answer(side: str, places: list[str], layer_idx: int, best: list[Suspect]) -
     convincing = best and best[0].explains >= _CONVINCING
     if convincing:
         top = best[0]
-        places = [
-            *places,
-            f"suspected cause: {top.name}, {top.says}: explains {top.explains:.2%} of the error",
-        ]
+        twins = [one.name for one in best[1:] if one.explains > top.explains - _ALIKE]
+        also = f"; so does {', '.join(twins)}" if twins else ""
+        cause = f"{top.name}, {top.says}: explains {top.explains:.2%} of the error{also}"
+        places = [*places, f"suspected cause: {cause}"]
     elif best:
         places = [
             *places,

@@ -88,7 +88,7 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str | None]:
         return None, None
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = str(error)
-    pytest.fail(f"not a golden: {path}: {problem}", pytrace=False)
+    raise pytest.fail.Exception(f"not a golden: {path}: {problem}", pytrace=False)
 
 
 def _of_checkpoint(directory: Path) -> dict[str, Any]:

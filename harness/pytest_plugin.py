@@ -76,7 +76,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.fail(f"@pytest.mark.parity: {error}", pytrace=False)
     if "parity_case" not in metafunc.fixturenames:
         metafunc.fixturenames.append("parity_case")
-    ids = [case.id.removeprefix("/") for case, _ in cases]
+    ids = [case.id.replace("//", "/") for case, _ in cases]
     metafunc.parametrize("parity_case", cases, indirect=True, ids=ids)
 
 

@@ -217,7 +217,8 @@ def _both_sizes(before: ModelSpec, spec: ModelSpec, layout: ParallelLayout) -> I
 
 def _plainer_rest(spec: ModelSpec, layout: ParallelLayout) -> Iterator[_Cut]:
     for vocab in _smaller(spec.vocab_size, (_LEAST_VOCAB, 8, 64)):
-        yield replace(spec, vocab_size=vocab), layout
+        if vocab >= _LEAST_VOCAB:
+            yield replace(spec, vocab_size=vocab), layout
     if spec.rope.scaling is not None:
         yield replace(spec, rope=replace(spec.rope, scaling=None)), layout
     if spec.max_position_embeddings > _LEAST_POSITIONS:

@@ -33,9 +33,12 @@ SOURCES: Final = (BASE_LAYOUT, "tp2-pp1", "tp1-pp2", "tp2-pp2", "tp4-pp1")
 
 def run(case: Case, bench: Bench) -> Finding:
     """Load ours, load theirs, export theirs; compare all of it bit by bit."""
-    request = replace(bench.request(case), kind="hf", path=bench.checkpoint(case))
     given = bench.subject(case.model).megatron is not None
     spec = bench.spec(case)
+    # Bits are compared, so nothing may be rounded on the way: the dtype is the file's.
+    request = replace(
+        bench.request(case), kind="hf", path=bench.checkpoint(case), params_dtype=spec.params_dtype
+    )
     ours = {
         f"files cut for {name}": bench.converted(case, layout=name)
         for name in SOURCES

@@ -251,7 +251,7 @@ def _few_bits(_layer: Any, args: Any, kwargs: Any, output: Any) -> Any:  # noqa:
     return (changed, *rest) if isinstance(output, tuple) else changed
 
 
-COARSE: Final = 4
+COARSE: Final = 5
 """Bits that the coarse block loses: a few times its own error, under a twice of the model's."""
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import harness.cli  # noqa: F401 - it adds the commands
+from bridge.cli import app
 from bridge.errors import UsageError
 from harness.checks import Check
-from harness.cli import app
 from harness.compare import Finding
 from harness.errors import ResumeError
 from harness.runner import RunReport

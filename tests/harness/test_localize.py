@@ -117,8 +117,10 @@ def lose_half_a_head(live: dict[str, Any]) -> None:
         (
             flip_a_bit,
             [
-                "layer 3 linear_qkv rows 155-155 in query group 1's V "
-                + "(1 element [155, 17]: bit 3 flipped)"
+                (
+                    "layer 3 linear_qkv rows 155-155 in query group 1's V "
+                    "(1 element [155, 17]: bit 3 flipped)"
+                )
             ],
             "bit-flipped",
         ),

@@ -18,14 +18,15 @@ def setup_of(toy: str, layer_idx: int, *, tp: int = 1) -> Setup:
     """A block of a toy on the long probe, given the oracle's own state."""
     found = toy_named(toy)
     model = found.architecture
+    weight = dict(found.weights()).__getitem__  # drawn once
     probe = long_probe(model.vocab_size)
     states: list[oracle.Array] = []
     oracle.forward(
-        found.config, found.weight(), probe.input_ids, probe.position_ids,
+        found.config, weight, probe.input_ids, probe.position_ids,
         capture=lambda _layer_idx, hidden: states.append(hidden),
     )  # fmt: skip
     return Setup(
-        model=model, weight=found.weight(), layer_idx=layer_idx, hidden=states[max(layer_idx, 0)],
+        model=model, weight=weight, layer_idx=layer_idx, hidden=states[max(layer_idx, 0)],
         input_ids=probe.input_ids, position_ids=probe.position_ids, tp=tp,
     )  # fmt: skip
 
@@ -58,17 +59,17 @@ def test_attention_without_a_look_ahead_is_the_oracles() -> None:
     ("name", "changes"),
     [
         ("norm-eps", {"layernorm_epsilon": 1e-6}),
-        ("rope-theta", {"rope": oracle.Rope(10000.0, (16.0, 1.0, 4.0, 8192))}),
-        ("rope-low-freq-factor", {"rope": oracle.Rope(500000.0, (16.0, 2.0, 4.0, 8192))}),
-        ("rope-high-freq-factor", {"rope": oracle.Rope(500000.0, (16.0, 1.0, 8.0, 8192))}),
-        ("rope-original-length", {"rope": oracle.Rope(500000.0, (16.0, 1.0, 4.0, 4096))}),
+        ("rope-theta", {"rope": oracle.Rope(10000.0, (8.0, 1.0, 4.0, 8192))}),
+        ("rope-low-freq-factor", {"rope": oracle.Rope(500000.0, (8.0, 2.0, 4.0, 8192))}),
+        ("rope-high-freq-factor", {"rope": oracle.Rope(500000.0, (8.0, 1.0, 8.0, 8192))}),
+        ("rope-original-length", {"rope": oracle.Rope(500000.0, (8.0, 1.0, 4.0, 4096))}),
     ],
 )
 def test_another_configuration_is_told_from_all_other_mistakes(
     name: str, changes: dict[str, object]
 ) -> None:
     """Computed by the oracle itself from the other configuration."""
-    setup = setup_of("super-49b-v1_5", 0)
+    setup = setup_of("nano-8b", 0)  # enough frequencies for every value to matter
     wrong = dataclasses.replace(setup.model, **changes)  # type: ignore[arg-type]
     best, second, *_ = suspects(setup, block_of(setup, wrong))
     assert best.name == name
@@ -90,7 +91,7 @@ def test_swapped_projections_are_told_from_all_other_mistakes() -> None:
     assert (best.name, round(best.explains, 9)) == ("gate-up-swapped", 1)
 
 
-@pytest.mark.parametrize(("layer_idx", "tp"), [(-1, 1), (0, 2), (8, 2)])
+@pytest.mark.parametrize(("layer_idx", "tp"), [(-1, 1), (8, 2)])
 def test_every_mistake_is_recognised_by_its_own_result(layer_idx: int, tp: int) -> None:
     """No two of the table are one: what a mistake gives is explained in full by its name."""
     setup = setup_of("super-49b-v1_5", layer_idx, tp=tp)

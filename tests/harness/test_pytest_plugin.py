@@ -40,12 +40,12 @@ def run(pytester: pytest.Pytester, *args: str) -> pytest.RunResult:
 
 
 def test_loading_the_plugin_imports_nothing_heavy() -> None:
-    """pytest loads it in every run of an environment that has it."""
+    """It is loaded in every run of an environment that has it."""
     code = (
         "import sys, harness.pytest_plugin as _\n"
-        "print(sorted({'torch', 'megatron', 'numpy', 'transformers', 'hypothesis'} & {*sys.modules}))"
+        "print(sorted({'torch', 'megatron', 'numpy', 'transformers'} & {*sys.modules}))"
     )
-    found = subprocess.run(
+    found = subprocess.run(  # noqa: S603 - our own words
         [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60
     )
     assert found.stdout.strip() == "[]"
@@ -90,7 +90,7 @@ def test_a_good_checkpoint_passes_and_a_wrong_twin_fails_with_its_place(
     """Over two xdist workers: mark, fixture, evidence of both workers, and the failing tensor."""
     from bridge.convert import import_checkpoint
 
-    toy = toy_named("nano-8b-v1")
+    toy = toy_named("nano-8b")
     write_checkpoint(toy, pytester.path / "mine", seed=0)
     write_checkpoint(toy, pytester.path / "other", seed=1)
     import_checkpoint(pytester.path / "other", pytester.path / "twin")

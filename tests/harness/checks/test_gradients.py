@@ -1,9 +1,8 @@
-"""Gradients of real Megatron-Core ranks: right in every kind of layout, and wrong ones are found."""
+"""Gradients of real Megatron-Core ranks: right in every kind of layout; wrong ones are found."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.ranks
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """One for all tests here: ranks and references are shared."""
-    with Bench(tmp_path_factory.mktemp("gradients"), timeout=60) as found:
+    with Bench(tmp_path_factory.mktemp("gradients")) as found:
         yield found
 
 

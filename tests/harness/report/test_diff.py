@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from harness.cli import app
+import harness.cli  # noqa: F401 - it adds the commands
+from bridge.cli import app
 from harness.errors import EvidenceError
 from harness.report.diff import Change, compare_runs
 from harness.report.evidence import to_json
