@@ -48,6 +48,9 @@ def faults(
     device: DeviceName = "cpu",
     workers: Workers = None,
     timeout: CaseTimeout = 120.0,
+    full: Annotated[
+        bool, typer.Option("--full", help="Let every check look on every toy, not on one only.")
+    ] = False,
     list_only: Annotated[
         bool, typer.Option("--list", "--dry-run", help="Show the catalogue; run nothing.")
     ] = False,
@@ -80,7 +83,7 @@ def faults(
     with CountProgress("faults") as progress:
         matrix, alarms = run_matrix(
             faults=names, toys=chosen, checks=looking, device=device, workers=workers,
-            timeout=timeout,
+            timeout=timeout, full=full,
             on_unit=lambda unit, total: progress.advance(
                 total,
                 f"{unit.fault} on {unit.toy}",

@@ -115,12 +115,16 @@ def samples(draw: DrawFn, *, max_layers: int = 5, max_world_size: int = MAX_WORL
         changes["vocab_size"] = _DIVISOR * resolved.tensor_model_parallel_size
     if spec.params_dtype == "float16":  # weights are drawn as float32 or bfloat16
         changes["params_dtype"] = "bfloat16"
+    if drawn.schema is None and spec.hidden_size % spec.num_attention_heads:
+        # transformers 5.23 refuses such a Llama, even with its head_dim given.
+        heads = spec.num_attention_heads
+        changes["hidden_size"] = -(-spec.hidden_size // heads) * heads
     spec = replace(spec, **changes)
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = spec.params_dtype
     return Sample(
-        config=config | {"vocab_size": spec.vocab_size},
+        config=config | {"vocab_size": spec.vocab_size, "hidden_size": spec.hidden_size},
         spec=spec,
         schema=drawn.schema,
         rope_style=drawn.rope_style,

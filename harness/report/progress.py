@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from harness.report.text import progress_line
@@ -43,15 +51,21 @@ class CaseProgress:
 
 
 class CountProgress:
-    """A bar of things of one kind, whose number may be known only once the first has ended."""
+    """A bar of things of one kind on stderr; where that is no terminal, a line for every tenth.
+
+    How many there are may be known only once the first has ended.
+    """
 
     def __init__(self, what: str) -> None:
         console = Console(stderr=True)
+        self._what, self._done = what, 0
+        self._started = time.monotonic()
         self._progress = Progress(
             TextColumn(what),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.description}", markup=False),
             console=console,
             disable=not console.is_terminal,
@@ -68,6 +82,11 @@ class CountProgress:
 
     def advance(self, total: int, description: str, news: str = "") -> None:
         """Count one; `news` is a line that stays."""
+        self._done += 1
         self._progress.update(self._task, advance=1, total=total, description=description)
-        if news:
-            self._progress.console.print(Text(news), soft_wrap=True)
+        lines = [news] if news else []
+        if self._progress.disable and self._done * 10 // total > (self._done - 1) * 10 // total:
+            seconds = time.monotonic() - self._started
+            lines.append(f"{self._done} of {total} {self._what} in {seconds:.0f} s")
+        for line in lines:
+            self._progress.console.print(Text(line), soft_wrap=True)

@@ -115,12 +115,14 @@ def test_selecting_takes_a_part_of_the_id_or_a_glob_over_all_of_it() -> None:
     """`tp2` is everything at TP=2; a glob must fit the whole id."""
     cases = load_suite("parity").cases
     part = select(cases, ["logits/tied/tp2"])
-    assert {"tp2-pp1", "tp2-pp2"} == {case.layout for case in part}
+    assert {"tp2-pp1", "tp2-pp2", "tp2-pp1-sp", "tp2-pp2-sp"} == {case.layout for case in part}
     assert {"tied"} == {case.model for case in part}
-    inside = select(cases, ["tied/tp2-pp1"])
+    inside = select(cases, ["tied/tp2-pp1/"])
     assert {"tied"} == {case.model for case in inside}
     assert {"tp2-pp1"} == {case.layout for case in inside}
-    assert {"placement", "rope", "logits", "layouts", "megatron_load"} == {c.check for c in inside}
+    assert {"placement", "rope", "logits", "layouts", "resharding", "blocks"} == {
+        one.check for one in inside
+    }
     glob = select(cases, ["rope/*/tp4-pp1/*"])
     assert set(TOYS) == {case.model for case in glob}
     assert {"rope"} == {case.check for case in glob}
@@ -141,9 +143,9 @@ def test_the_parity_suite_covers_the_whole_family() -> None:
     layouts = {
         "tp1-pp1", "tp2-pp1", "tp1-pp2", "tp2-pp2", "tp4-pp1", "tp1-pp2-uneven", "tp1-pp2-vp2",
     }  # fmt: skip
-    assert {(layout, probe) for layout in layouts for probe in ("short", "long")} == logits
-    loaded = {case.model for case in cases if case.check == "megatron_load"}
+    assert {(layout, probe) for layout in layouts for probe in ("short", "long")} <= logits
+    assert {"tp2-pp1-sp", "tp2-pp2-sp"} < {layout for layout, _ in logits}
+    loaded = {case.model for case in cases if case.check == "resharding"}
     assert {"nano-4b", "ultra-253b"} <= loaded
-    # `weights` is for a user's own Megatron checkpoint; all other checks belong to the suite.
-    assert set(CHECKS) - {"weights"} == {case.check for case in cases}
+    assert set(CHECKS) == {case.check for case in cases}
     assert "parity" in suite_names()

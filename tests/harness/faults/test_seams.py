@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from harness.toys import TOYS
 WHOLE = Tiling((4, 6), (Tile("w", Box.whole((4, 6)), Box.whole((4, 6))),))
 
 
-def apply(tiling: Tiling) -> np.ndarray:  # type: ignore[type-arg]  # integers
+def apply(tiling: Tiling) -> np.ndarray[Any, np.dtype[np.int64]]:
     """What the tiling makes of a tensor of row numbers times ten plus column numbers."""
     source = 10 * np.arange(4)[:, None] + np.arange(6)
     out = np.empty(tiling.shape, np.int64)
