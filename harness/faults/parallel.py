@@ -124,6 +124,16 @@ def stale_tie(part: Any, spec: ModelSpec, _context: RankContext) -> None:  # noq
         part.output_layer.weight.mul_(1.01)
 
 
+def padding_filled(part: Any, spec: ModelSpec, _context: RankContext) -> None:  # noqa: ANN401 - as above
+    """Rows of the last stage that no token has are filled: only a training step's softmax sees it."""
+    from megatron.core import parallel_state
+
+    if part.post_process and not part.pre_process:
+        weight = part.output_layer.weight
+        first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
+        weight[max(0, spec.vocab_size - first) :].fill_(0.5)
+
+
 def one_rank_halved(part: Any, _spec: ModelSpec, context: RankContext) -> None:  # noqa: ANN401 - as above
     """The last rank computes with other weights than it was given."""
     if context.rank == context.layout.world_size - 1:
@@ -227,6 +237,9 @@ FAULTS: Final = (
               rank=Replaced("bridge.model", "_checkpoint_name", other_layers)),
     _parallel(name="tied-copy-stale", stands_for="a tied output layer that was not kept equal",
               applies=traits.is_tied, rank=AfterLoad(stale_tie)),
+    _parallel(name="last-stage-padding-filled",
+              stands_for="padding rows of the output layer initialised like new tokens",
+              applies=traits.has_padding, rank=AfterLoad(padding_filled)),
     _launch(name="rank-other-weights", stands_for="a rank that was started with other weights",
             rank=AfterLoad(one_rank_halved)),
     _launch(name="rank-one-element", stands_for="one weight of one rank changed in memory",
