@@ -17,10 +17,10 @@ from harness.generation import Generated, hf_greedy, prompts_of
 from harness.gradients import ReferenceGradients, hf_loss_and_gradients
 from harness.live_blocks import Gathered
 from harness.localize import Localisation
-from harness.oracle import Weight, forward
+from harness.oracle import POWERS, Weight, forward, read_config
 from harness.oracle_gradients import LossAndGradients, loss_and_gradients
 from harness.probes import Probe
-from harness.reference import hf_inv_freq, hf_logits, load_hf_model
+from harness.reference import float32_powers, hf_inv_freq, hf_logits, load_hf_model
 from harness.suite import Case
 from harness.workbench import BASE_LAYOUT, Subject, Workbench
 
@@ -117,6 +117,16 @@ class Bench(Workbench):
         config = self.config(case)
         return config if self.fault.oracle is None else self.fault.oracle(config)
 
+    def truth_config(self, case: Case) -> dict[str, Any]:
+        """The same with torch's float32 powers, where those of this head size are an ulp off.
+
+        That ulp is part of what the models are; records, which outlast a library, do without it.
+        """
+        config = self.oracle_config(case)
+        model = read_config(config)
+        powers = float32_powers(model.rope.base, model.kv_channels)
+        return config if powers is None else config | {POWERS: powers}
+
     def oracle_weight(self, case: Case) -> Weight:
         """The weights by name, as the oracle wants them."""
         path = self.checkpoint(case)
@@ -124,14 +134,18 @@ class Bench(Workbench):
         return found
 
     def oracle_logits(self, case: Case, probe: Probe | None = None) -> Array:
-        """The truth on the case's probe, or another: (batch, seq, vocab_size), float64."""
+        """The truth on the case's probe: (batch, seq, vocab_size), float64.
+
+        A probe that is given is that of a record, and so is the configuration.
+        """
         path = self.checkpoint(case)
+        config = self.truth_config(case) if probe is None else self.oracle_config(case)
         probe = probe or self.probe(case)
 
         def compute() -> Array:
             logger.info("oracle logits of %s, %s probe", case.model, probe.name)
             return forward(
-                self.oracle_config(case),
+                config,
                 self.oracle_weight(case),
                 probe.input_ids,
                 probe.position_ids,
@@ -157,7 +171,7 @@ class Bench(Workbench):
 
         def compute() -> Array:
             positions = np.arange(tokens.shape[1])
-            config, weight = self.oracle_config(case), self.oracle_weight(case)
+            config, weight = self.truth_config(case), self.oracle_weight(case)
             return forward(config, weight, tokens, positions)[:, -steps:]
 
         return self._once(
@@ -185,7 +199,7 @@ class Bench(Workbench):
         def compute() -> LossAndGradients:
             logger.info("oracle gradients of %s, %s probe", case.model, probe.name)
             return loss_and_gradients(
-                self.oracle_config(case),
+                self.truth_config(case),
                 self.oracle_weight(case),
                 probe.input_ids,
                 probe.position_ids,
@@ -205,10 +219,11 @@ class Bench(Workbench):
         )  # fmt: skip
 
     def block_states(self, case: Case) -> Gathered:
-        """Megatron's state after every block, on the case's probe."""
+        """Megatron's state after every block, on the case's probe; forced by the reference's."""
         return self._once(
             "block states", self.request(case), case.probe,
-            make=lambda: block_states.megatron_states(case, self), spoilt=self.spoils_ranks,
+            make=lambda: block_states.megatron_states(case, self),
+            spoilt=self.spoils_ranks or self.spoils("reference"),
         )  # fmt: skip
 
     def megatron_logits(self, case: Case, *, layout: str | None = None) -> Array:

@@ -52,7 +52,7 @@ class Witnesses:
 
 def witnesses(case: Case, bench: Bench) -> Witnesses:
     """Run the reference and the oracle on the case's probe; `Bench.witnesses` keeps the result."""
-    probe, config, weight = bench.probe(case), bench.oracle_config(case), bench.oracle_weight(case)
+    probe, config, weight = bench.probe(case), bench.truth_config(case), bench.oracle_weight(case)
     model = oracle.read_config(config)
     reference, logits = hf_states(bench.hf_model(case), probe.input_ids, probe.position_ids)
     free: list[Array] = []

@@ -89,7 +89,11 @@ class Rope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """All that the forward pass needs to know."""
+    """All that the forward pass needs to know.
+
+    `float32_powers` are the base's powers as the models' own library computes them in float32;
+    None computes them here. See `inverse_frequencies`.
+    """
 
     hidden_size: int
     num_attention_heads: int
@@ -98,7 +102,12 @@ class Architecture:
     layernorm_epsilon: float
     tied: bool
     rope: Rope
+    float32_powers: tuple[float, ...] | None = None
     blocks: tuple[tuple[Attention | Replaced | Absent, Mlp | Replaced | Absent], ...]
+
+
+POWERS: Final = "oracle.float32_powers"
+"""A key that a caller may add to a configuration: `Architecture.float32_powers`."""
 
 
 def read_config(config: Config) -> Architecture:
@@ -136,6 +145,7 @@ def read_config(config: Config) -> Architecture:
         layernorm_epsilon=config["rms_norm_eps"],
         tied=config.get("tie_word_embeddings", False),
         rope=_read_rope(config),
+        float32_powers=config.get(POWERS),
         blocks=tuple(blocks),
     )
 
@@ -202,11 +212,15 @@ def inverse_frequencies(model: Architecture) -> Float32s:
     number by a tensor is multiplying it by the reciprocal. The power alone is computed in float64
     and rounded once, since float32 power functions differ between libraries by an ulp. torch's is
     equal to this for multiples of 4 below 72 and for 128 at theta 500000; at 72, 76, 92, 96, 104
-    and some larger ones it is an ulp off at one frequency or more.
+    and some larger ones it is an ulp off at one frequency or more. Which of the two a model means
+    only its library knows, so a caller may give that library's powers.
     """
     one = np.float32(1)
     exponent = np.arange(0, model.kv_channels, 2, dtype=np.float32) / np.float32(model.kv_channels)
-    power = np.float64(np.float32(model.rope.base)) ** exponent.astype(np.float64)
+    if model.float32_powers is None:
+        power = np.float64(np.float32(model.rope.base)) ** exponent.astype(np.float64)
+    else:
+        power = np.array(model.float32_powers, np.float64)
     plain: Float32s = one / power.astype(np.float32)
     if model.rope.llama3 is None:
         return plain

@@ -73,3 +73,24 @@ def implementation_of(model: Any, checkpoint: Path, config: Mapping[str, Any]) -
             code.update(f"{path.name}\0".encode() + path.read_bytes() + b"\0")
         revision = f"sha256 {code.hexdigest()}"
     return f"the checkpoint's own code: {named}, revision {revision}"
+
+
+def float32_powers(base: float, kv_channels: int) -> tuple[float, ...] | None:
+    """The powers of RoPE's base as torch computes them in float32, where they are not exact.
+
+    Args:
+        base: `rope_theta`.
+        kv_channels: Size of a head.
+
+    Returns:
+        (kv_channels / 2) numbers; None where each is the float64 power rounded once, as the oracle
+        has it by itself. From the library alone: a model that was loaded wrongly has no say.
+    """
+    import torch
+
+    exponents = np.arange(0, kv_channels, 2, dtype=np.float32) / np.float32(kv_channels)
+    exact = np.float64(np.float32(base)) ** exponents.astype(np.float64)
+    powers: Array = torch.pow(base, torch.from_numpy(exponents)).numpy()
+    if (powers == exact.astype(np.float32)).all():
+        return None
+    return tuple(powers.tolist())

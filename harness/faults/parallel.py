@@ -125,7 +125,7 @@ def stale_tie(part: Any, spec: ModelSpec, _context: RankContext) -> None:  # noq
 
 
 def padding_filled(part: Any, spec: ModelSpec, _context: RankContext) -> None:  # noqa: ANN401 - as above
-    """Rows of the last stage that no token has are filled: only a training step's softmax sees it."""
+    """Rows of the last stage that no token has are filled: a training step's softmax sees them."""
     from megatron.core import parallel_state
 
     if part.post_process and not part.pre_process:
