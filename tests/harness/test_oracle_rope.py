@@ -70,3 +70,18 @@ def test_rotate_turns_halves_against_each_other() -> None:
     x = np.array([1.0, 2.0, 0.0, 0.0]).reshape(1, 1, 1, 4)
     turned = oracle.rotate(x, np.array([math.pi / 2, math.pi]).reshape(1, 1, 1, 2))
     np.testing.assert_allclose(turned.ravel(), [0.0, -2.0, 1.0, 0.0], atol=1e-15)
+
+
+def test_powers_that_are_given_count_and_none_changes_nothing() -> None:
+    """The frequencies follow the powers, one by one; equal powers give equal frequencies."""
+    config = TOYS["nano-4b"].config
+    model = oracle.read_config(config)
+    plain = oracle.inverse_frequencies(model)
+    exponents = np.arange(0, model.kv_channels, 2) / np.float32(model.kv_channels)
+    powers = (np.float64(model.rope.base) ** exponents.astype(np.float64)).astype(np.float32)
+    same = oracle.read_config(config | {oracle.POWERS: tuple(powers.tolist())})
+    assert plain.tolist() == oracle.inverse_frequencies(same).tolist()
+    powers[0] = np.nextafter(powers[0], np.float32(2))
+    moved = oracle.read_config(config | {oracle.POWERS: tuple(powers.tolist())})
+    different = plain != oracle.inverse_frequencies(moved)
+    assert different.tolist() == [True] + [False] * (len(plain) - 1)
