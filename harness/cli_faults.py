@@ -212,9 +212,14 @@ def _write(directory: Path, name: str, data: dict[str, Any]) -> None:
 
 
 def _write_matrix(directory: Path, data: dict[str, Any]) -> None:
+    """A page of its own, and a section of the report that lies there already."""
+    from harness.report.evidence import FILE_NAME, read_evidence
     from harness.report.html import render_kill_matrix
+    from harness.report.write import write_reports
 
     (directory / "faults.html").write_text(render_kill_matrix(data), "utf-8")
+    if (directory / FILE_NAME).is_file():
+        write_reports(read_evidence(directory), directory)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -187,3 +188,19 @@ def test_larger_values_are_drawn_higher() -> None:
     drawn = lines([Series(name="x", style="s1", values=[1.0, 10.0])], ["a", "b"], x="x", y="y")
     low, high = (float(y) for y in re.findall(r'<circle [^>]*cy="([\d.]+)"', drawn))
     assert high < low
+
+
+def test_a_kill_matrix_in_the_directory_is_in_the_report(
+    make_evidence: Make, kill_matrix: dict[str, Any], tmp_path: Path
+) -> None:
+    """Whoever ran `faults --report DIR` finds it there; a damaged one is left out."""
+    write_reports(make_evidence(), tmp_path)
+    assert "<h2>Kill matrix" not in (tmp_path / "report.html").read_text("utf-8")
+    (tmp_path / "faults.json").write_text(json.dumps(kill_matrix), "utf-8")
+    write_reports(make_evidence(), tmp_path)
+    fault = kill_matrix["faults"][0]
+    assert fault in (tmp_path / "report.html").read_text("utf-8")
+    assert fault in (tmp_path / "report.md").read_text("utf-8")
+    (tmp_path / "faults.json").write_text("{", "utf-8")
+    write_reports(make_evidence(), tmp_path)
+    assert fault not in (tmp_path / "report.html").read_text("utf-8")
