@@ -65,10 +65,13 @@ def faults(
     from bridge.console import print_json, stdout, table
     from harness.faults import CATALOGUE
     from harness.faults.matrix import DEFAULT_TOYS, run_matrix
+    from harness.report.files import report_directory, writing_into
     from harness.report.progress import CountProgress
     from harness.toys import toy_named
 
     names = _chosen(list(CATALOGUE), select or ())
+    if report is not None:
+        report_directory(report)
     if list_only:
         if json_:
             print_json([_about(name) for name in names])
@@ -102,15 +105,16 @@ def faults(
             if name not in matrix.idle_checks
         ]
     data = matrix.to_dict() | {"alarms": alarms, "problems": wrong}
-    if report is not None:
-        _write(report, "faults.json", data)
-        _write_matrix(report, data)
     if json_:
         print_json(data)
     else:
         console = stdout()
         console.print(_as_table(matrix))
         _say(console, matrix, wrong)
+    if report is not None:
+        with writing_into(report):
+            _write(report, "faults.json", data)
+            _write_matrix(report, data)
     if wrong:
         raise typer.Exit(1)
 
@@ -207,7 +211,6 @@ def _say(console: Any, matrix: Matrix, wrong: Sequence[str]) -> None:  # noqa: A
 
 
 def _write(directory: Path, name: str, data: dict[str, Any]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     (directory / name).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
 
 
@@ -236,11 +239,13 @@ def alarms(
     """Run random healthy models through every check: any failure is a false alarm, exit code 1."""
     from bridge.console import print_json, stdout
     from harness.alarms import run_alarms, write_down
+    from harness.report.files import report_directory, writing_into
     from harness.report.progress import CountProgress
 
     looking = known_checks(checks)
     if "golden" in looking:
         raise UsageError("random models have no golden", where="--checks")
+    directory = report_directory(report or Path("out") / "alarms")
     with CountProgress("models") as progress:
         found = run_alarms(
             count, start=seed, checks=looking, device=device, workers=workers, timeout=timeout,
@@ -248,11 +253,10 @@ def alarms(
                 count, "", "; ".join(f"ALARM {one.replay.case.id}: {one.summary}" for one in new)
             ),
         )  # fmt: skip
-    directory = report or Path("out") / "alarms"
     commands = [write_down(alarm, directory) for alarm in found.alarms]
     data = found.to_dict() | {"replay": commands}
-    if report is not None:
-        _write(report, "alarms.json", data)
+    with writing_into(directory):
+        _write(directory, "alarms.json", data)
     if json_:
         print_json(data)
     else:

@@ -40,7 +40,10 @@ def _bench() -> Iterator[Bench]:
 
 @golden.command()
 def check(select: Select = None, json_: Json = False) -> None:
-    """Make every golden model again and compare; stale, missing and unused records fail."""
+    """Make every golden model again and compare; stale, missing and unused records fail.
+
+    With --select only those are looked at, and records that nothing uses are not looked for.
+    """
     from bridge.console import print_json
     from harness import locations
     from harness.golden.work import check as check_goldens

@@ -92,6 +92,7 @@ def run_and_report(
     from bridge.console import stdout
     from harness.bench import Bench
     from harness.report.evidence import evidence, to_json
+    from harness.report.files import RANK_LOGS, report_directory, writing_into
     from harness.report.junit import junit
     from harness.report.machine import MemoryWatch
     from harness.report.text import print_report
@@ -104,7 +105,7 @@ def run_and_report(
             hint="give --report the directory that it had",
         )
     if report_dir is not None:
-        _make(report_dir)
+        report_directory(report_dir)
     wanted = report_dir is not None or form != "text"
     thresholds, memory = load_thresholds(), MemoryWatch()
     inputs = _hashed(subjects) if wanted else {}
@@ -127,7 +128,7 @@ def run_and_report(
                 Path(workdir),
                 subjects=subjects,
                 timeout=timeout,
-                log_dir=None if report_dir is None else report_dir / "ranks",
+                log_dir=None if report_dir is None else report_dir / RANK_LOGS,
                 thresholds=thresholds,
             )
         )
@@ -145,24 +146,15 @@ def run_and_report(
             memory=memory.peaks(), resumed_cases=resumed,
         ),
     )  # fmt: skip
-    if report_dir is not None:
-        write_reports(data, report_dir)
+    # First to the screen: a disk that has filled up since must not cost the results.
     if form == "text":
         print_report(found, stdout(stderr=on_stderr))
     else:
         sys.stdout.write(to_json(data) if form == "json" else junit(data))
+    if report_dir is not None:
+        with writing_into(report_dir):
+            write_reports(data, report_dir)
     return found
-
-
-def _make(directory: Path) -> None:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the report: {error.strerror}",
-            where=str(directory),
-            hint="give --report a directory, or a path where one can be made",
-        ) from None
 
 
 def _run(

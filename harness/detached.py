@@ -137,6 +137,7 @@ def write_reference(path: Path, found: DetachedReference) -> None:
         path,
         metadata=found.provenance.to_metadata(),
     )
+    path.chmod(0o644)  # safetensors lets nobody else read it, and it is made to be carried
 
 
 def read_reference(path: Path) -> DetachedReference:

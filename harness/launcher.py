@@ -10,6 +10,7 @@ the one that failed first, and the next call starts afresh.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing.connection
 import pickle
 import shutil
@@ -33,6 +34,8 @@ from harness.rank_processes import (
     start_server,
 )
 from harness.ranks import Hook, Outcome, RankFunction, RankSettings, Task
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT: Final = 300.0
 _GRACE: Final = 1.0
@@ -161,7 +164,13 @@ class RankPool:
         if any(
             not worker.process.is_alive() or worker.connection.poll() for worker in self._workers
         ):
-            self._end()  # a rank has ended between two calls: an idle one has nothing to say
+            for worker in self._workers:  # a rank has ended between two calls
+                if not worker.process.is_alive():
+                    logger.warning(
+                        "rank %d (process %s) %s between two cases; new ranks are started",
+                        worker.rank, worker.process.pid, _death(worker).what,
+                    )  # fmt: skip
+            self._end()
         for rank in range(len(self._workers), num_ranks):
             settings = RankSettings(
                 rank=rank,

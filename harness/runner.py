@@ -68,7 +68,8 @@ class RunReport:
         """`41 passed, 0 failed, 6 not run (gpu)`: nothing is hidden and nothing rounded up."""
         parts = [f"{self.count('passed')} passed", f"{self.count('failed')} failed"]
         if self.count("error"):
-            parts.append(f"{self.count('error')} errors")
+            errors = self.count("error")
+            parts.append(f"{errors} error{'s' if errors > 1 else ''}")
         left = [result.reason for result in self.results if result.status == "not run"]
         parts += [f"{left.count(reason)} not run ({reason})" for reason in dict.fromkeys(left)]
         return ", ".join(parts)

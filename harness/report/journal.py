@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Final, Self
 
 from harness.errors import ResumeError
 from harness.report.evidence import case_as_data, result_from_data, strict
+from harness.report.files import writing_into
 from harness.runner import Result
 
 FILE_NAME: Final = "journal.jsonl"
@@ -130,7 +131,8 @@ class Journal:
 def _open(path: Path) -> BinaryIO:
     """Open for reading and writing, alone: two runs in one journal would be none."""
     with contextlib.ExitStack() as stack:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with writing_into(path.parent):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         file = stack.enter_context(os.fdopen(descriptor, "r+b"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -87,6 +87,7 @@ def _write_shard(toy: Toy, names: list[str], path: Path, *, dtype: str, seed: in
         signed = words.view(np.dtype(f"i{words.itemsize}"))  # torch has no unsigned words
         tensors[name] = torch.from_numpy(signed).view(element)
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors lets nobody else read it
 
 
 def side_files(toy: Toy) -> dict[str, bytes]:

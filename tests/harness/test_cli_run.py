@@ -61,7 +61,7 @@ def test_a_resumed_run_keeps_verdicts_reruns_errors_and_counts_all(
     """A failed case stays failed: only what has no verdict is tried again."""
     behave(monkeypatch, judge)
     first = run_cases(tmp_path)
-    assert first.count_line == "1 passed, 1 failed, 1 errors"
+    assert first.count_line == "1 passed, 1 failed, 1 error"
     started = json.loads((tmp_path / "evidence.json").read_text("utf-8"))["started"]
 
     ran = behave(monkeypatch, lambda _case: Finding(passed=True, summary="now"))

@@ -123,6 +123,7 @@ def test_a_rank_that_throws_is_named_with_its_traceback_and_log(pool: RankPool) 
 
 def test_a_killed_rank_is_reported_before_the_time_limit(pool: RankPool) -> None:
     """Ten seconds are given; were it noticed later, the error would be a time-out."""
+    pool.run(layout(tp=4), ranks.pid)  # started and formed: nothing but the death is waited for
     with pytest.raises(WorkerFailedError, match="SIGKILL") as caught:
         pool.run(layout(tp=4), ranks.die_on, 3, timeout=10)
     assert type(caught.value) is WorkerFailedError
@@ -149,13 +150,16 @@ def test_a_failure_leaves_no_rank_behind_and_the_next_call_starts_new_ones(pool:
     assert pool.run(layout(tp=2), ranks.total, 1.0) == [3.0, 3.0]
 
 
-def test_a_rank_that_died_between_calls_is_replaced(pool: RankPool) -> None:
-    """A pool that somebody has shot at works on."""
+def test_a_rank_that_died_between_calls_is_replaced_and_told_of(
+    pool: RankPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pool that somebody has shot at works on, and says so: memory may be running out."""
     victim = pool.run(layout(tp=2), ranks.pid)[1]
     os.kill(victim, signal.SIGKILL)
     while Path(f"/proc/{victim}").exists():  # until the fork server has reaped it
         time.sleep(0.05)
     assert pool.run(layout(tp=2), ranks.total, 1.0) == [3.0, 3.0]
+    assert f"rank 1 (process {victim}) was ended by SIGKILL" in caplog.text
 
 
 def test_an_error_for_the_user_comes_through_as_itself(pool: RankPool) -> None:

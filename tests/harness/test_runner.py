@@ -63,7 +63,7 @@ def test_an_exception_in_a_case_is_its_result_and_costs_no_other(
     report = run_cases([case("nano-4b"), case("tied"), case("puzzle")], bench)
     assert [one.status for one in report.results] == ["passed", "error", "passed"]
     assert "ZeroDivisionError: broken check" in report.results[1].traceback
-    assert report.count_line == "2 passed, 0 failed, 1 errors"
+    assert report.count_line == "2 passed, 0 failed, 1 error"
     assert report.exit_code == 3
 
 
@@ -94,7 +94,7 @@ def test_a_failure_outranks_an_error_in_the_exit_code(
     behave(check)
     report = run_cases([case("nano-4b"), case("tied")], bench)
     assert report.exit_code == 1
-    assert report.count_line == "0 passed, 1 failed, 1 errors"
+    assert report.count_line == "0 passed, 1 failed, 1 error"
 
 
 def test_a_case_without_its_device_is_counted_as_not_run(
@@ -192,7 +192,7 @@ def test_the_text_report_shows_every_model_and_every_failure_with_its_place() ->
     assert "puzzle  not measured" in text
     assert "FAILED logits/tied/tp2-pp1/float32/short\n  value 37.5\n  --> here" in text
     assert "ERROR config/puzzle/float32\n  trace\n  back" in text
-    assert lines[-1].strip() == "2 passed, 2 failed, 1 errors, 1 not run (gpu) in 2 s"
+    assert lines[-1].strip() == "2 passed, 2 failed, 1 error, 1 not run (gpu) in 2 s"
 
 
 def test_the_registry_names_modules_that_exist_and_claims_in_words() -> None:

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from bridge.errors import UsageError
 from harness.report.charts import Series, bars, lines
 from harness.report.evidence import read_evidence
+from harness.report.files import report_directory
 from harness.report.html import html, render_kill_matrix
 from harness.report.junit import junit
 from harness.report.markdown import markdown
@@ -81,7 +83,7 @@ def test_markdown_begins_with_the_verdict_and_no_text_of_ours_becomes_markup(
 ) -> None:
     """Tables keep their columns; names stay names."""
     text = markdown(make_evidence(), kill_matrix=kill_matrix)
-    assert text.startswith("# FAILED: 4 passed, 2 failed, 1 errors, 1 not run (gpu)\n")
+    assert text.startswith("# FAILED: 4 passed, 2 failed, 1 error, 1 not run (gpu)\n")
     assert "| puzzle | 0/1 ERROR | 1/2 FAILED | - |" in text
     assert "| tied | 0.97 | 37.5 |" in text
     assert "3 faults, 1 survivors: no-scaling" in text
@@ -204,3 +206,24 @@ def test_a_kill_matrix_in_the_directory_is_in_the_report(
     (tmp_path / "faults.json").write_text("{", "utf-8")
     write_reports(make_evidence(), tmp_path)
     assert fault not in (tmp_path / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("obstacle", ["evidence.json", "journal.jsonl"])
+def test_a_directory_in_a_reports_place_is_refused_before_any_work(
+    tmp_path: Path, obstacle: str
+) -> None:
+    """One error that names it, not a traceback after hours."""
+    (tmp_path / obstacle).mkdir()
+    with pytest.raises(UsageError, match="cannot write the report") as caught:
+        report_directory(tmp_path)
+    assert str(tmp_path / obstacle) in caught.value.where
+
+
+def test_a_file_in_the_directorys_or_the_rank_logs_place_is_refused(tmp_path: Path) -> None:
+    """Nothing can be made there."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write the report"):
+        report_directory(tmp_path / "file")
+    (tmp_path / "ranks").touch()
+    with pytest.raises(UsageError, match="cannot write the report"):
+        report_directory(tmp_path)
