@@ -264,7 +264,7 @@ def _provenance(
     from harness.report.machine import hardware
 
     return Provenance(
-        command=sys.argv,
+        command=["nemotron-bridge", *sys.argv[1:]],  # what can be typed again, wherever it lies
         suite=suite,
         started=started,
         inputs=inputs,
