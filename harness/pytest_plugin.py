@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from harness.runner import Result, RunReport
     from harness.suite import Case
 
-DEFAULT_CHECKS: Final = ("config", "round_trip", "placement", "rope", "logits")
 DEFAULT_LAYOUTS: Final = ("tp1-pp1", "tp2-pp1", "tp1-pp2")
 _MARK_FIELDS: Final = ("model", "megatron", "layouts", "checks", "dtype", "probes")
 _RESULTS: Final = "nemotron_results"
@@ -86,6 +85,7 @@ def _cases(mark: pytest.Mark, device: str) -> list[tuple[Case, bool]]:
     from harness.errors import SuiteError
     from harness.layouts import check_layout_name
     from harness.suite import DTYPES, Case
+    from harness.verification import CONVERSION_CHECKS
 
     wanted = mark.kwargs
     unknown = sorted(wanted.keys() - set(_MARK_FIELDS))
@@ -94,7 +94,7 @@ def _cases(mark: pytest.Mark, device: str) -> list[tuple[Case, bool]]:
             f"what it takes is {', '.join(_MARK_FIELDS)}, each by name",
             where=[*map(repr, mark.args), *unknown],
         )
-    checks = _names(wanted.get("checks"), DEFAULT_CHECKS, "checks")
+    checks = _names(wanted.get("checks"), CONVERSION_CHECKS, "checks")
     layouts = _names(wanted.get("layouts"), DEFAULT_LAYOUTS, "layouts")
     probes = _names(wanted.get("probes"), ("short", "long"), "probes")
     dtype = wanted.get("dtype", "float32")

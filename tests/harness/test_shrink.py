@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,15 +20,10 @@ from bridge.spec import (
 from harness.bench import Bench
 from harness.config_forms import write_config
 from harness.errors import SuiteError
+from harness.faults import fault_named
 from harness.replay import Replay, load_replay, replay_on, run_replay
 from harness.samples import Sample
 from harness.shrink import report, shrink
-
-if TYPE_CHECKING:
-    from tests.harness.checks import fault_functions as faults
-else:  # a module beside another file: tests are not a package
-    sys.path.append(str(Path(__file__).parent / "checks"))
-    import fault_functions as faults
 
 
 def groups_of(sample: Sample) -> list[int]:
@@ -119,7 +112,7 @@ def test_tries_are_limited_and_a_sample_that_passes_is_refused() -> None:
 def test_a_swapped_key_head_is_shrunk_and_replayed(tmp_path: Path) -> None:
     """A real fault: found by placement on ranks, shrunk, read back and seen again."""
     (tmp_path / "work").mkdir()
-    with Bench(tmp_path / "work", fault=faults.KEY, timeout=120) as bench:
+    with Bench(tmp_path / "work", fault=fault_named("k-heads-swapped"), timeout=120) as bench:
 
         def fails(sample: Sample) -> bool:
             replay = replay_on(sample.layout, "placement", seed=sample.seed)

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from harness.bench import Bench
 from harness.checks import CHECKS
+from harness.faults import fault_named
 from harness.hooks import HEALTHY, Fault
 from harness.runner import Result, run_case
 from harness.suite import Case
-
-if TYPE_CHECKING:
-    from tests.harness.checks import fault_functions as faults
-else:  # a module beside this file: tests are not a package
-    sys.path.append(str(Path(__file__).parent))
-    import fault_functions as faults
 
 pytestmark = pytest.mark.ranks
 
@@ -64,7 +57,9 @@ def test_every_check_passes_on_a_healthy_model(tmp_path: Path) -> None:
 def test_swapped_gate_and_up_are_seen_by_placement_and_logits_alone(tmp_path: Path) -> None:
     """A round trip undoes its own mistake: that is why there is a placement check."""
     found = outcome(
-        tmp_path, faults.GATE_UP, ["config", "round_trip", "placement", "rope", "logits"]
+        tmp_path,
+        fault_named("gate-up-swapped"),
+        ["config", "round_trip", "placement", "rope", "logits"],
     )
     assert statuses(found) == {
         "config": "passed",
@@ -86,7 +81,7 @@ def test_ungrouped_qkv_is_seen_by_placement_and_logits_alone(tmp_path: Path) -> 
     On one rank: at TP=2 each rank has one of the two groups, and one group is in order either way.
     """
     checks = ["round_trip", "placement", "logits"]
-    found = outcome(tmp_path, faults.QKV, checks, layout="tp1-pp1")
+    found = outcome(tmp_path, fault_named("qkv-stacked"), checks, layout="tp1-pp1")
     assert statuses(found) == {"round_trip": "passed", "placement": "failed", "logits": "failed"}
     # 16 heads in 2 groups of head size 8: after the group's 64 query rows comes its key.
     assert (
@@ -97,7 +92,7 @@ def test_ungrouped_qkv_is_seen_by_placement_and_logits_alone(tmp_path: Path) -> 
 
 def test_one_moved_key_head_is_seen_and_named(tmp_path: Path) -> None:
     """The tile that is wrong, and whose rows are in it."""
-    found = outcome(tmp_path, faults.KEY, ["round_trip", "placement", "logits"])
+    found = outcome(tmp_path, fault_named("k-heads-swapped"), ["round_trip", "placement", "logits"])
     assert statuses(found) == {"round_trip": "passed", "placement": "failed", "logits": "failed"}
     assert (
         "linear_qkv.weight[64, 0] holds model.layers.0.self_attn.k_proj.weight[8, 0]"
@@ -108,7 +103,9 @@ def test_one_moved_key_head_is_seen_and_named(tmp_path: Path) -> None:
 
 def test_a_wrong_rope_factor_is_seen_by_config_rope_and_long_logits(tmp_path: Path) -> None:
     """Super v1 and v1.5 differ in nothing else."""
-    found = outcome(tmp_path, faults.ROPE, ["config", "placement", "rope", "logits", "layouts"])
+    found = outcome(
+        tmp_path, fault_named("rope-factor"), ["config", "placement", "rope", "logits", "layouts"]
+    )
     assert statuses(found) == {
         "config": "failed",
         "placement": "passed",
@@ -124,14 +121,16 @@ def test_a_wrong_rope_factor_is_seen_by_config_rope_and_long_logits(tmp_path: Pa
 
 def test_a_wrong_epsilon_is_seen_by_config_and_logits(tmp_path: Path) -> None:
     """The fault nearest to being harmless."""
-    found = outcome(tmp_path, faults.EPSILON, ["config", "rope", "logits"])
+    found = outcome(tmp_path, fault_named("norm-eps"), ["config", "rope", "logits"])
     assert statuses(found) == {"config": "failed", "rope": "passed", "logits": "failed"}
     assert "1e-06 is not 1e-05" in found["config"].summary
 
 
 def test_one_flipped_bit_is_seen_and_placed(tmp_path: Path) -> None:
     """In a checkpoint of 2 million numbers, one differs by one bit."""
-    found = outcome(tmp_path, faults.BIT, ["round_trip", "resharding", "logits"])
+    found = outcome(
+        tmp_path, fault_named("file-bit-flipped"), ["round_trip", "resharding", "logits"]
+    )
     assert statuses(found) == {
         "round_trip": "failed",
         "resharding": "failed",
@@ -143,7 +142,7 @@ def test_one_flipped_bit_is_seen_and_placed(tmp_path: Path) -> None:
 
 def test_a_wrong_reference_is_named_as_the_odd_one_out(tmp_path: Path) -> None:
     """Two against one: the oracle and Megatron agree."""
-    found = outcome(tmp_path, faults.REFERENCE, ["rope", "logits"])
+    found = outcome(tmp_path, fault_named("reference-norm-scaled"), ["rope", "logits"])
     assert statuses(found) == {"rope": "passed", "logits": "failed"}
     logits = found["logits"].finding
     assert logits is not None
@@ -152,5 +151,5 @@ def test_a_wrong_reference_is_named_as_the_odd_one_out(tmp_path: Path) -> None:
 
 def test_a_rank_with_other_weights_is_seen_by_logits_and_layouts(tmp_path: Path) -> None:
     """The harness's own launch can be wrong too."""
-    found = outcome(tmp_path, faults.RANK, ["logits", "layouts", "placement"])
+    found = outcome(tmp_path, fault_named("rank-other-weights"), ["logits", "layouts", "placement"])
     assert statuses(found) == {"logits": "failed", "layouts": "failed", "placement": "failed"}
