@@ -98,10 +98,10 @@ def config_factor(config: Config) -> Config:
 def other_stream(healthy: Callable[..., Any]) -> Callable[..., Any]:
     """A random stream that begins one word later."""
 
-    def words(seed: int, name: str, start: int, stop: int) -> Any:  # noqa: ANN401 - an array
-        return healthy(seed, name, start + 1, stop + 1)
+    def stream(seed: int, name: str, start: int) -> Any:  # noqa: ANN401 - a generator
+        return healthy(seed, name, start + 1)
 
-    return words
+    return stream
 
 
 _reference = partial(Fault, family="reference")
@@ -131,5 +131,5 @@ FAULTS: Final = (
     _reference(name="oracle-rope-factor", stands_for="an oracle with another RoPE factor",
                applies=traits.is_scaled, oracle=config_factor),
     _reference(name="random-stream-moved", stands_for="a NumPy whose Philox stream changed",
-               code=Replaced("bridge.storage.philox", "raw_words", other_stream)),
+               code=Replaced("bridge.storage.philox", "word_stream", other_stream)),
 )  # fmt: skip
