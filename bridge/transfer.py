@@ -1,59 +1,45 @@
-"""Move and compare tensors piece by piece: constant memory, whatever the model.
+"""Move tensors from any source into files: constant memory, whatever the model.
 
-Work is cut by bands of rows of a tile, never by tensor, so the largest buffer is a few MiB even
-when one tensor has 14 GB. Bytes are moved as words; nothing is computed with them but checksums.
+Work is cut by rows of tiles, never by tensor, so one tensor of 14 GB is no special case. Nothing is
+computed with the bytes but checksums; where they are runs of files, the kernel moves them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any
 
 import numpy as np
 
-from bridge.dtypes import Words
-from bridge.errors import CheckpointError, PlanError
+from bridge import reading
+from bridge.checksums import combine_crc32, crc32
+from bridge.comparison import Digest, compare
+from bridge.errors import PlanError
+from bridge.reading import (
+    SEGMENT_NBYTES,
+    Advance,
+    TransferLimits,
+    all_or_first_error,
+    read_bands,
+)
+from bridge.storage.extents import Extent, pieces
+from bridge.storage.files import FileRanges
+from bridge.storage.new_files import Flusher, NewFile
 from bridge.storage.source import FileLayout, Payload, TensorInfo, TensorSource
 from bridge.tiling import Box, Tiling, bands
 
-_Result = TypeVar("_Result")
-
-Advance = Callable[[int], None]
-"""Called with the number of bytes that were just finished; from several threads."""
-
-DEFAULT_MEMORY_BUDGET: Final = 1 << 30
-_MAX_BAND: Final = 16 << 20  # bytes; larger bands only leave the processor's caches
-_MIN_BAND: Final = 64 << 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferLimits:
-    """How much memory and how many threads a conversion may use.
-
-    Args:
-        memory_budget: Bytes for buffers, over all threads.
-        threads: Concurrent tiles. Reading, checksums and writing release the interpreter's lock.
-    """
-
-    memory_budget: int = DEFAULT_MEMORY_BUDGET
-    threads: int = min(4, os.cpu_count() or 1)
-
-    @property
-    def band_nbytes(self) -> int:
-        """Bytes of one buffer. Each thread holds at most four: two compared, two of scratch."""
-        return max(_MIN_BAND, min(_MAX_BAND, self.memory_budget // (4 * self.threads)))
-
-    @property
-    def buffers_nbytes(self) -> int:
-        """Bytes of all buffers together; more than the budget where that is tiny."""
-        return 4 * self.threads * self.band_nbytes
+__all__ = [
+    "Advance",
+    "Digest",
+    "TransferLimits",
+    "compare",
+    "read_bands",
+    "write_files",
+]
 
 
 def write_files(
@@ -67,6 +53,8 @@ def write_files(
 ) -> None:
     """Write files by their layouts, each payload filled from the source through its tiling.
 
+    All of it is on the disk when this returns.
+
     Args:
         layouts: The files, relative to `directory`, which must exist and not hold them yet.
         directory: Where to write.
@@ -79,70 +67,117 @@ def write_files(
         CheckpointError: BR300, the system refuses a write (disk full, permissions).
         CorruptFileError: BR302, the source ends early.
     """
-    with ThreadPoolExecutor(limits.threads) as pool:
+    with (
+        FileRanges(Path()) as files,
+        Flusher() as flusher,
+        ThreadPoolExecutor(limits.threads) as pool,
+    ):
+        writer = _Writer(source, tilings, files, flusher, limits, advance)
+        # The system lets one thread at a time write to a file: each gets a file of its own.
+        for start in range(0, len(layouts), limits.threads):
+            writer.write(layouts[start : start + limits.threads], directory, pool)
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A part of a payload, written by one thread: no tensor is too big to be shared."""
+
+    file: NewFile
+    payload: Payload
+    box: Box
+    offset: int
+    nbytes: int
+    crc32: int = 0
+    """Once it is written, where the payload wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """What the threads of one `write_files` share."""
+
+    source: TensorSource
+    tilings: Mapping[str, Tiling]
+    files: FileRanges
+    flusher: Flusher
+    limits: TransferLimits
+    advance: Advance
+
+    def write(
+        self, layouts: Sequence[FileLayout], directory: Path, pool: ThreadPoolExecutor
+    ) -> None:
+        """Write some files, a segment of each in turn."""
+        queues = []
         for layout in layouts:
-            with _new_file(directory / layout.path, layout.size) as descriptor:
-                for offset, literal in layout.literals:
-                    write_at(descriptor, literal, offset)
-                _all_or_first_error(
-                    pool.submit(
-                        _write_payload, descriptor, payload, source, tilings[payload.tensor],
-                        limits.band_nbytes, advance,
-                    )
-                    for payload in sorted(layout.payloads, key=lambda payload: payload.offset)
-                )  # fmt: skip
-
-
-@contextmanager
-def _new_file(path: Path, size: int) -> Iterator[int]:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, size)  # a full disk is noticed before any work
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write the file: {error.strerror}", where=str(path)
-        ) from error
-
-
-def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data` at a position of an open file."""
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(descriptor, view, offset)
-        view, offset = view[count:], offset + count
-
-
-def _write_payload(
-    descriptor: int,
-    payload: Payload,
-    source: TensorSource,
-    tiling: Tiling,
-    band_nbytes: int,
-    advance: Advance,
-) -> None:
-    word = _word(tiling, source.tensors)
-    if payload.nbytes != payload.box.volume * word.itemsize:
-        raise PlanError(
-            f"{payload.tensor}{payload.box} of {word.itemsize}-byte elements does not fill the "
-            f"{payload.nbytes} bytes laid out for it"
+            file = self.flusher.create(directory / layout.path, layout.size)
+            for offset, literal in layout.literals:
+                file.write(literal, offset)
+            payloads = sorted(layout.payloads, key=lambda payload: payload.offset)
+            queues.append((file, [self._segments(file, payload) for payload in payloads]))
+        turns = zip_longest(*(chain.from_iterable(parts) for _, parts in queues))
+        all_or_first_error(
+            pool.submit(self._write_segment, one) for one in chain.from_iterable(turns) if one
         )
-    checksum, offset = 0, payload.offset
-    for words in read_bands(source, tiling, payload.box, word=word, band_nbytes=band_nbytes):
-        data = words.reshape(-1).view("u1").data
-        if payload.crc32_at:
-            checksum = zlib.crc32(data, checksum)
-        write_at(descriptor, data, offset)
-        offset += len(data)
-        advance(len(data))
-    for position in payload.crc32_at:
-        write_at(descriptor, checksum.to_bytes(4, "little"), position)
+        for file, parts in queues:
+            for segments in parts:
+                self._write_crc32(segments)
+            self.flusher.finish(file)
+
+    def _segments(self, file: NewFile, payload: Payload) -> list[_Segment]:
+        itemsize = _word(self.tilings[payload.tensor], self.source.tensors).itemsize
+        if payload.nbytes != payload.box.volume * itemsize:
+            raise PlanError(
+                f"{payload.tensor}{payload.box} of {itemsize}-byte elements does not fill the "
+                f"{payload.nbytes} bytes laid out for it"
+            )
+        segments = []
+        offset = payload.offset
+        for box in bands(payload.box, max_elements=SEGMENT_NBYTES // itemsize):
+            segments.append(_Segment(file, payload, box, offset, box.volume * itemsize))
+            offset += segments[-1].nbytes
+        return segments
+
+    def _write_segment(self, segment: _Segment) -> None:
+        tiling = self.tilings[segment.payload.tensor]
+        ranges = reading.byte_ranges(self.source, tiling, segment.box, nbytes=segment.nbytes)
+        if ranges is None:
+            self._write_bands(segment, tiling)
+        else:
+            self._copy(segment, ranges)
+        self.flusher.start(segment.file)
+
+    def _write_bands(self, segment: _Segment, tiling: Tiling) -> None:
+        """Through a buffer: elements are picked, padded or generated."""
+        offset = segment.offset
+        word = _word(tiling, self.source.tensors)
+        for words in reading.read_bands(
+            self.source, tiling, segment.box, word=word, band_nbytes=self.limits.band_nbytes
+        ):
+            data = words.reshape(-1).view("u1").data
+            segment.file.write(data, offset)
+            if segment.payload.crc32_at:
+                segment.crc32 = crc32(data, segment.crc32)
+            offset += len(data)
+            self.advance(len(data))
+
+    def _copy(self, segment: _Segment, ranges: Sequence[Extent]) -> None:
+        """From file to file, each piece checksummed while it is in the processor's cache."""
+        offset = segment.offset
+        for piece in pieces(ranges, max_nbytes=self.limits.window_nbytes):
+            segment.file.copy(self.files, piece, offset)
+            if segment.payload.crc32_at:
+                with self.files.window(str(piece.path), piece.offset, piece.nbytes) as data:
+                    segment.crc32 = crc32(data, segment.crc32)
+            offset += piece.nbytes
+            self.advance(piece.nbytes)
+
+    def _write_crc32(self, segments: Sequence[_Segment]) -> None:
+        """Write the CRC-32 of a payload, whose segments these are, where it wants it."""
+        checksum = 0
+        for segment in segments:
+            checksum = combine_crc32(checksum, segment.crc32, segment.nbytes)
+        for segment in segments[:1]:
+            for position in segment.payload.crc32_at:
+                segment.file.write(checksum.to_bytes(4, "little"), position)
 
 
 def _word(tiling: Tiling, tensors: Mapping[str, TensorInfo]) -> np.dtype[Any]:
@@ -150,106 +185,3 @@ def _word(tiling: Tiling, tensors: Mapping[str, TensorInfo]) -> np.dtype[Any]:
     if found is None:
         raise PlanError(f"a tensor of shape {tiling.shape} is made of no source")
     return tensors[found].dtype.word
-
-
-def read_bands(
-    source: TensorSource, tiling: Tiling, box: Box, *, word: np.dtype[Any], band_nbytes: int
-) -> Iterator[Words]:
-    """The elements of a box of a tiled tensor, band by band, in row-major order.
-
-    The array yielded is reused for the next band.
-    """
-    buffer = np.empty(min(box.volume, max(1, band_nbytes // word.itemsize)), word)
-    for band in bands(box, max_elements=buffer.size):
-        words = buffer[: band.volume].reshape(band.shape)
-        for tile in tiling.restrict([band]).tiles:
-            place: tuple[Any, ...] = (*tile.target_box.slices, ...)  # a view, of a scalar too
-            target = words[place]
-            if tile.source is None:
-                target[...] = 0
-            else:
-                source.read_into(tile.source, tile.source_box, target)
-        yield words
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Digest:
-    """What a comparison found of one tensor.
-
-    `sha256` is of the expected tensor's bytes, row-major and little-endian. `first_difference` is
-    the index of the first element whose bits differ, None when all are equal.
-    """
-
-    name: str
-    sha256: str
-    first_difference: tuple[int, ...] | None
-    num_different: int
-
-
-def compare(
-    expected: TensorSource,
-    actual: TensorSource,
-    tilings: Mapping[str, Tiling],
-    *,
-    limits: TransferLimits,
-    advance: Advance,
-) -> list[Digest]:
-    """Compare every tensor of `expected` bit by bit with what `actual` holds of it.
-
-    Args:
-        expected: The tensors as they should be.
-        actual: The other side of a conversion, read from where it was written.
-        tilings: Expected tensor to its tiling by tensors of `actual`.
-        limits: Memory and threads.
-        advance: Progress in bytes of `expected`.
-    """
-    with ThreadPoolExecutor(limits.threads) as pool:
-        return _all_or_first_error(
-            pool.submit(_compare_one, name, expected, actual, tiling, limits.band_nbytes, advance)
-            for name, tiling in tilings.items()
-        )
-
-
-def _compare_one(
-    name: str,
-    expected: TensorSource,
-    actual: TensorSource,
-    tiling: Tiling,
-    band_nbytes: int,
-    advance: Advance,
-) -> Digest:
-    dtype = expected.tensors[name].dtype
-    word = dtype.word
-    same_dtype = all(
-        actual.tensors[tile.source].dtype == dtype for tile in tiling.tiles if tile.source
-    )
-    whole = Box.whole(tiling.shape)
-    digest = hashlib.sha256()
-    first: tuple[int, ...] | None = None
-    different = position = 0
-    buffer = np.empty(min(whole.volume, max(1, band_nbytes // word.itemsize)), word)
-    ours = read_bands(actual, tiling, whole, word=word, band_nbytes=band_nbytes)
-    for band in bands(whole, max_elements=buffer.size):
-        theirs = buffer[: band.volume].reshape(band.shape)
-        expected.read_into(name, band, theirs)
-        digest.update(theirs.reshape(-1).view("u1").data)
-        unequal = np.flatnonzero(theirs != next(ours)) if same_dtype else np.arange(band.volume)
-        if unequal.size and first is None:
-            index = np.unravel_index(position + int(unequal[0]), tiling.shape)
-            first = tuple(int(i) for i in index)
-        different += unequal.size
-        position += band.volume
-        advance(theirs.nbytes)
-    return Digest(
-        name=name, sha256=digest.hexdigest(), first_difference=first, num_different=different
-    )
-
-
-def _all_or_first_error(futures: Iterable[Future[_Result]]) -> list[_Result]:
-    """Wait for all; on the first failure drop what has not started and raise it."""
-    pending = list(futures)
-    _, unfinished = wait(pending, return_when=FIRST_EXCEPTION)
-    for future in unfinished:
-        future.cancel()
-    wait(pending)  # those that run still use the files that the caller will close
-    return [future.result() for future in pending if not future.cancelled()]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import mmap
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Self
@@ -16,6 +20,54 @@ from bridge.tiling import Box, Shape
 
 _SMALL_ROW: Final = 4096  # bytes; narrower column slices are cut out of complete rows
 _SCRATCH: Final = 1 << 22  # bytes
+_POPULATE_READ: Final = 22  # MADV_POPULATE_READ of Linux 5.14; not in Python's mmap
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at a position of an open file."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def kernel_copy(source: int, target: int, nbytes: int, *, offset: int, at: int) -> int:
+    """Let the system copy bytes of one open file, from `offset` on, to another, `at` there.
+
+    Returns:
+        How many it copied: fewer where it does not do that (other file systems, other systems),
+        the source ends, or it refuses to. Copying the rest by hand tells which.
+    """
+    done = 0
+    while done < nbytes and hasattr(os, "copy_file_range"):
+        try:
+            count = os.copy_file_range(source, target, nbytes - done, offset + done, at + done)
+        except OSError:
+            break
+        if not count:
+            break
+        done += count
+    return done
+
+
+def _map(descriptor: int, offset: int, nbytes: int) -> mmap.mmap | None:
+    """Map bytes of a file, already read; None where that cannot be done.
+
+    Touching a page that cannot be read (a bad sector, a file cut short) would kill the process.
+    Populating reads all of them and fails like a read does instead.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        mapped = mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_READ, offset=offset)
+    except (OSError, ValueError):
+        return None
+    try:
+        mapped.madvise(_POPULATE_READ)
+    except OSError:
+        mapped.close()
+        return None
+    return mapped
 
 
 class FileRanges:
@@ -61,6 +113,54 @@ class FileRanges:
                 )
             view = view[count:]
             offset += count
+
+    @contextmanager
+    def window(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """See bytes of a file without copying them where the system allows it, else in a buffer.
+
+        Args:
+            name: The file.
+            offset: Of the first byte.
+            nbytes: All of them are in memory at once; more than none.
+
+        Raises:
+            CorruptFileError: BR302, as `read_into`.
+        """
+        skip = offset % mmap.ALLOCATIONGRANULARITY
+        mapped = _map(self._descriptor(name), offset - skip, nbytes + skip)
+        if mapped is None:
+            buffer = np.empty(nbytes, "u1")
+            self.read_into(name, offset, buffer)
+            yield buffer.data
+            return
+        view = memoryview(mapped)[skip:]
+        try:
+            yield view
+        finally:
+            # Where an array made of the view is still alive, as in an error's traceback, the pages
+            # go with it.
+            with suppress(BufferError):
+                view.release()
+                mapped.close()
+
+    def copy_to(self, name: str, offset: int, nbytes: int, *, target: int, at: int) -> None:
+        """Copy bytes of a file to an open one, in the kernel where it can.
+
+        Args:
+            name: The file to read.
+            offset: Of the first byte to read.
+            nbytes: How many. Where the kernel cannot, all of them are in memory at once.
+            target: Descriptor to write to.
+            at: Where the first byte goes.
+
+        Raises:
+            CorruptFileError: BR302, as `read_into`.
+            OSError: The system refuses to write.
+        """
+        done = kernel_copy(self._descriptor(name), target, nbytes, offset=offset, at=at)
+        if done < nbytes:
+            with self.window(name, offset + done, nbytes - done) as view:
+                write_at(target, view, at + done)
 
     def read_box(
         self,

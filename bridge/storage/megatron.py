@@ -12,13 +12,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final, Self
 
 from bridge.dtypes import Dtype, Words
 from bridge.errors import CorruptFileError, DtypeMismatchError
 from bridge.parameters import Parameter
 from bridge.spec import ModelSpec, ParallelLayout
+from bridge.storage.extents import Extent
+from bridge.storage.remote import Location
 from bridge.storage.source import FileLayout, Payload, TensorInfo
 from bridge.storage.torch_dist_read import TorchDistReader, open_checkpoint
 from bridge.storage.torch_dist_write import (
@@ -59,7 +60,7 @@ class MegatronSource:
         CorruptFileError: BR302, files that contradict the metadata.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.directory, self.iteration = open_checkpoint(path.absolute())
         self.root = self.directory.parent
         # Optimizer state is far bigger than the model; nothing of it is even looked at.
@@ -91,11 +92,19 @@ class MegatronSource:
 
     def read_into(self, name: str, box: Box, out: Words) -> None:
         """Fill `out` with a box; see `TensorSource`."""
+        key, place = self._place(name, box)
+        self._reader.read_into(key, place, out if len(place.starts) == out.ndim else out[None])
+
+    def extents(self, name: str, box: Box) -> list[Extent] | None:
+        """Where a box lies; see `bridge.storage.extents.FileSource`."""
+        return self._reader.extents(*self._place(name, box))
+
+    def _place(self, name: str, box: Box) -> tuple[str, Box]:
+        """The key that holds a parameter, and where in it the box is."""
         key, layer_idx = self._stored[name]
-        if layer_idx is not None:
-            box = Box((layer_idx, *box.starts), (layer_idx + 1, *box.stops))
-            out = out[None]
-        self._reader.read_into(key, box, out)
+        if layer_idx is None:
+            return key, box
+        return key, Box((layer_idx, *box.starts), (layer_idx + 1, *box.stops))
 
     def close(self) -> None:
         """Release the files."""

@@ -16,7 +16,9 @@ from typing import Any, Final, Self
 
 from bridge.dtypes import Words, dtype_from_safetensors
 from bridge.errors import CheckpointError, CorruptFileError
-from bridge.storage.files import FileRanges
+from bridge.storage.extents import Extent, flat_index, is_contiguous
+from bridge.storage.remote import Location
+from bridge.storage.remote_ranges import open_ranges
 from bridge.storage.source import FileLayout, Payload, TensorInfo
 from bridge.tiling import Box
 
@@ -48,7 +50,7 @@ class ShardHeader:
     tensors: Mapping[str, StoredTensor]
 
 
-def read_header(directory: Path, file: str) -> ShardHeader:
+def read_header(directory: Location, file: str) -> ShardHeader:
     """Read and check the header of one safetensors file.
 
     Raises:
@@ -141,7 +143,7 @@ class SafetensorsSource:
         CorruptFileError: BR302, a header or the index contradicts the files.
     """
 
-    def __init__(self, directory: Path, *, strict_index: bool = True) -> None:
+    def __init__(self, directory: Location, *, strict_index: bool = True) -> None:
         self.directory = directory
         self.headers = {name: read_header(directory, name) for name in _weight_files(directory)}
         self._stored: dict[str, StoredTensor] = {}
@@ -162,7 +164,7 @@ class SafetensorsSource:
                 f"the index is stale: {len(self.index_problems)} tensors are not where it says",
                 where=self.index_problems,
             )
-        self._files = FileRanges(directory)
+        self._files = open_ranges(directory)
 
     def read_into(self, name: str, box: Box, out: Words) -> None:
         """Fill `out` with a box; see `TensorSource`."""
@@ -176,6 +178,15 @@ class SafetensorsSource:
             out=out,
         )
 
+    def extents(self, name: str, box: Box) -> list[Extent] | None:
+        """Where a box lies; see `bridge.storage.extents.FileSource`."""
+        stored = self._stored[name]
+        shape, itemsize = stored.info.shape, stored.info.dtype.itemsize
+        if not isinstance(self.directory, Path) or not is_contiguous(box, shape):
+            return None
+        start = stored.offset + flat_index(box.starts, shape) * itemsize
+        return [Extent(self.directory / stored.file, start, box.volume * itemsize)]
+
     def close(self) -> None:
         """Release the files."""
         self._files.close()
@@ -187,7 +198,7 @@ class SafetensorsSource:
         self.close()
 
 
-def _weight_files(directory: Path) -> list[str]:
+def _weight_files(directory: Location) -> list[str]:
     try:
         found = sorted(path.name for path in directory.glob("*.safetensors") if path.is_file())
     except OSError as error:
@@ -227,7 +238,7 @@ def _weight_files(directory: Path) -> list[str]:
     )
 
 
-def _read_index(directory: Path) -> Mapping[str, object] | None:
+def _read_index(directory: Location) -> Mapping[str, object] | None:
     path = directory / INDEX_NAME
     try:
         index = json.loads(path.read_bytes(), object_pairs_hook=_unique)
@@ -245,7 +256,7 @@ def _read_index(directory: Path) -> Mapping[str, object] | None:
     return weight_map
 
 
-def _index_problems(directory: Path, where_found: Mapping[str, str]) -> list[str]:
+def _index_problems(directory: Location, where_found: Mapping[str, str]) -> list[str]:
     """Every tensor that is not where the index says, in words."""
     index = _read_index(directory)
     if index is None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Final
 
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage.remote import Location
 
 TRACKER_NAME: Final = "latest_checkpointed_iteration.txt"
 CONFIG_NAME: Final = "metadata.json"
@@ -29,7 +29,7 @@ def config_bytes() -> bytes:
     return json.dumps(_BACKENDS).encode()
 
 
-def check_config(directory: Path) -> None:
+def check_config(directory: Location) -> None:
     """Refuse what is not a `torch_dist` checkpoint, by its `metadata.json`.
 
     Raises:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from reprlib import repr as brief
 
 from bridge.dtypes import Dtype
 from bridge.errors import CheckpointError, CorruptFileError, DtypeMismatchError
+from bridge.storage.remote import Location
 from bridge.storage.source import TensorInfo
 from bridge.storage.unpickle import Inert, unpickle_metadata
 from bridge.tiling import Box, Shape, find_overlap
@@ -83,7 +83,7 @@ def contradiction(what: str, where: str, problems: Sequence[str]) -> CorruptFile
     return CorruptFileError(what, where=places, hint=_HINT)
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Location) -> Metadata:
     """Read a `.metadata` file without running it.
 
     Raises:
@@ -245,18 +245,3 @@ def _dtype(key: str, properties: object) -> Dtype:
     if not isinstance(dtype, Dtype):
         raise DtypeMismatchError(f"unknown dtype {brief(dtype)}", where=key)
     return dtype
-
-
-def is_contiguous(part: Box, shape: Shape) -> bool:
-    """Whether a box of a row-major array of this shape is one run of elements."""
-    varies = False
-    for extent, whole in zip(part.shape, shape, strict=True):
-        if varies and extent != whole:
-            return False
-        varies = varies or extent != 1
-    return True
-
-
-def flat_index(index: Shape, shape: Shape) -> int:
-    """The position of an element in a row-major array of this shape."""
-    return sum(at * math.prod(shape[axis + 1 :]) for axis, at in enumerate(index))

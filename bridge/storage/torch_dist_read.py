@@ -11,15 +11,16 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, Self
 
 import numpy as np
 
 from bridge.dtypes import Words
 from bridge.errors import CheckpointError, CorruptFileError
-from bridge.storage.files import FileRanges
+from bridge.storage.extents import Extent, flat_index, in_order, is_contiguous
+from bridge.storage.remote import Location, RemotePath
+from bridge.storage.remote_ranges import open_ranges
 from bridge.storage.source import TensorInfo
 from bridge.storage.torch_dist_config import (
     COMMON_KEY,
@@ -30,11 +31,10 @@ from bridge.storage.torch_dist_config import (
     check_config,
 )
 from bridge.storage.torch_dist_metadata import (
+    RecordRange,
     StoredChunk,
     StoredKey,
     contradiction,
-    flat_index,
-    is_contiguous,
     read_metadata,
     record_problems,
 )
@@ -43,14 +43,6 @@ from bridge.tiling import Box, Shape
 
 RELEASE: Final = "release"
 _ITERATION: Final = re.compile(r"iter_(\d{7,})")
-
-
-class Extent(NamedTuple):
-    """A run of bytes of one file."""
-
-    path: Path
-    offset: int
-    nbytes: int
 
 
 class TorchDistReader:
@@ -66,11 +58,19 @@ class TorchDistReader:
             chunks that do not partition their tensor, records in missing or short files.
     """
 
-    def __init__(self, directory: Path, *, ignore: Callable[[str], bool] = lambda _: False) -> None:
+    def __init__(
+        self, directory: Location, *, ignore: Callable[[str], bool] = lambda _: False
+    ) -> None:
         self.directory = directory
         check_config(directory)
         self._metadata = read_metadata(directory / METADATA_NAME)
-        self._files = FileRanges(directory)
+        self._files = open_ranges(directory)
+        # A listing answers for the files in it; where that is a URL each question is a request.
+        self._listed: Mapping[str, Location] = (
+            {child.name: child for child in directory.iterdir()}
+            if isinstance(directory, RemotePath)
+            else {}
+        )
         self._locations: dict[tuple[str, int], TensorLocation] = {}
         files = {record.file for _, record in self._metadata.records()}
         problems = record_problems(self._metadata, {name: self._size(name) for name in files})
@@ -86,7 +86,7 @@ class TorchDistReader:
         self._damaged = problems  # of ignored keys: reported when one of them is read
 
     def _size(self, name: str) -> int | None:
-        path = self.directory / name
+        path = self._listed.get(name, self.directory / name)
         return path.stat().st_size if path.is_file() else None
 
     @property
@@ -95,12 +95,9 @@ class TorchDistReader:
         return {key: stored.info for key, stored in self._metadata.tensors.items()}
 
     @property
-    def objects(self) -> Mapping[str, Extent]:
+    def objects(self) -> Mapping[str, RecordRange]:
         """Where the record of every object is, by key: `_extra_state` and other byte entries."""
-        return {
-            key: Extent(self.directory / record.file, record.offset, record.length)
-            for key, record in self._metadata.objects.items()
-        }
+        return self._metadata.objects
 
     def chunks(self, name: str) -> tuple[Box, ...]:
         """The boxes in which a tensor is stored."""
@@ -135,21 +132,29 @@ class TorchDistReader:
             )
 
     def extent(self, name: str, box: Box) -> Extent | None:
-        """Where the box lies, when it is one run of bytes of one file; None when it is not."""
+        """Where the box lies, when it is one run of bytes of a file here; None when it is not."""
+        found = self.extents(name, box)
+        return found[0] if found and len(found) == 1 else None
+
+    def extents(self, name: str, box: Box) -> list[Extent] | None:
+        """Where the box lies, run by run; see `bridge.storage.extents.FileSource`."""
+        if isinstance(self.directory, RemotePath):
+            return None
         stored = self._stored(name)
+        itemsize = stored.info.dtype.itemsize
+        parts = []
         for chunk in _touched(stored, box):
-            if box.volume and chunk.box.intersect(box) == box:
-                part = box.relative_to(chunk.box)
-                if not is_contiguous(part, chunk.box.shape):
-                    return None
-                location = self._locate(name, stored, chunk)
-                itemsize = stored.info.dtype.itemsize
-                return Extent(
-                    self.directory / chunk.record.file,
-                    location.offset + flat_index(part.starts, location.shape) * itemsize,
-                    box.volume * itemsize,
-                )
-        return None
+            common = chunk.box.intersect(box)
+            if common is None:
+                continue
+            part = common.relative_to(chunk.box)
+            if not is_contiguous(part, chunk.box.shape):
+                return None
+            location = self._locate(name, stored, chunk)
+            start = location.offset + flat_index(part.starts, location.shape) * itemsize
+            extent = Extent(self.directory / chunk.record.file, start, common.volume * itemsize)
+            parts.append((common.relative_to(box), [extent]))
+        return in_order(box.shape, parts)
 
     def read_object(self, name: str) -> object:
         """Read an object without running its pickle: see `unpickle.unpickle_object`.
@@ -268,7 +273,7 @@ def _touched(stored: StoredKey, box: Box) -> Iterator[StoredChunk]:
             yield chunk
 
 
-def open_checkpoint(path: Path) -> tuple[Path, int]:
+def open_checkpoint(path: Location) -> tuple[Location, int]:
     """Find the iteration to read.
 
     Args:
@@ -318,7 +323,7 @@ def open_checkpoint(path: Path) -> tuple[Path, int]:
     return directory, 0 if text == RELEASE else int(text)
 
 
-def _iteration_of(directory: Path) -> int:
+def _iteration_of(directory: Location) -> int:
     """The iteration of a directory, by its name or else by what it says itself."""
     name = directory.resolve().name
     match = _ITERATION.fullmatch(name)

@@ -17,7 +17,7 @@ from bridge.spec import GroupedQueryAttention, ModelSpec
 from bridge.storage.megatron import MegatronSource
 from bridge.tiling import Box
 from harness.faults import traits
-from harness.faults.seams import Replaced
+from harness.faults.seams import Replaced, Together
 from harness.hooks import Fault
 
 Function = Callable[..., Any]
@@ -162,6 +162,15 @@ def rounded_twice(healthy: Function) -> Function:
     return bands
 
 
+def by_buffers(_healthy: Function) -> Function:
+    """No file is copied by the system: every element passes through the bridge's own buffers."""
+
+    def no_ranges(*_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401 - the function's own
+        return None
+
+    return no_ranges
+
+
 def labelled_float64(healthy: Function) -> Function:
     """float32 weights under the label of another dtype of that size."""
 
@@ -223,13 +232,15 @@ FAULTS: Final = (
     _storage(name="extra-state-dropped", stands_for="a writer that stores tensors alone",
              code=Replaced("bridge.storage.megatron", "layout_checkpoint", without_objects)),
     _storage(name="rounded-through-bfloat16", stands_for="a loader whose default dtype is bf16",
-             code=Replaced("bridge.transfer", "read_bands", rounded_twice)),
+             code=Together((Replaced("bridge.reading", "byte_ranges", by_buffers),
+                            Replaced("bridge.reading", "read_bands", rounded_twice)))),
     _storage(name="dtype-label", stands_for="a header that says another dtype",
              code=Replaced("bridge.plan", "Plan.target_dtypes", labelled_float64)),
     _storage(name="square-transposed", stands_for="Conv1D weights, (in, out), taken for Linear's",
              applies=traits.has_transposable,
-             code=Replaced("bridge.storage.safetensors", "SafetensorsSource.read_into",
-                           transposed)),
+             code=Together((Replaced("bridge.reading", "byte_ranges", by_buffers),
+                            Replaced("bridge.storage.safetensors", "SafetensorsSource.read_into",
+                                     transposed)))),
     _storage(name="export-bit-flipped", stands_for="a bit that flipped on the way out",
              exported=partial(flip_bit, "", _SHARDS)),
     _storage(name="export-truncated", stands_for="an upload that ended early",

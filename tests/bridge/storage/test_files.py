@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage import files as module
 from bridge.storage.files import FileRanges
 from bridge.tiling import Box
 
@@ -183,3 +186,161 @@ def test_close_gives_the_descriptors_back(tmp_path: Path) -> None:
             files.read_into("w", 0, np.empty(2, WORD))
         assert num_open() == before + 1
     assert num_open() == before
+
+
+def refusing(code: int) -> Any:  # noqa: ANN401 - stands for os.copy_file_range
+    """A system that does not copy, for this reason."""
+
+    def refuse(*_: int) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+def stingy(*args: int) -> int:
+    """A system that copies seven bytes at a time."""
+    source, target, nbytes, offset, at = args
+    return _COPY(source, target, min(nbytes, 7), offset, at)
+
+
+def stopping(*args: int) -> int:
+    """A system that copies five bytes of sixty and then nothing more."""
+    source, target, nbytes, offset, at = args
+    return _COPY(source, target, 5, offset, at) if nbytes == 60 else 0
+
+
+_COPY = os.copy_file_range
+_SYSTEMS = {
+    "kernel": _COPY,
+    "short": stingy,
+    "stops": stopping,
+    **{
+        errno.errorcode[code]: refusing(code)
+        for code in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+    },
+}
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "buffered"])
+@pytest.mark.parametrize("system", _SYSTEMS.values(), ids=_SYSTEMS)
+def test_bytes_are_copied_to_another_file_whatever_the_system_does(
+    shelf: tuple[Path, FileRanges],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    system: Any,  # noqa: ANN401 - stands for os.copy_file_range
+    *,
+    mapped: bool,
+) -> None:
+    """In the kernel, in part, or by hand: the same bytes at the same place, none beside them."""
+    monkeypatch.setattr(os, "copy_file_range", system)
+    if not mapped:
+        monkeypatch.setattr(module, "_map", lambda *_: None)
+    (tmp_path / "new").write_bytes(b"." * 70)
+    with (tmp_path / "new").open("r+b") as target:
+        shelf[1].copy_to("w", OFFSET + 10, 60, target=target.fileno(), at=5)
+    copied = np.arange(5, 35, dtype=WORD).tobytes()
+    assert (tmp_path / "new").read_bytes() == b"." * 5 + copied + b"." * 5
+
+
+def test_a_system_without_the_call_copies_by_hand(
+    shelf: tuple[Path, FileRanges], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python on macOS."""
+    monkeypatch.delattr(os, "copy_file_range")
+    with (tmp_path / "new").open("w+b") as target:
+        shelf[1].copy_to("w", OFFSET, 20, target=target.fileno(), at=0)
+    assert (tmp_path / "new").read_bytes() == np.arange(10, dtype=WORD).tobytes()
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "buffered"])
+@pytest.mark.parametrize("system", [_COPY, refusing(errno.EXDEV)], ids=["kernel", "by hand"])
+def test_a_source_that_ends_early_is_corrupt_when_it_is_copied(
+    shelf: tuple[Path, FileRanges],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    system: Any,  # noqa: ANN401 - stands for os.copy_file_range
+    *,
+    mapped: bool,
+) -> None:
+    """The kernel just copies nothing; the error tells where the file ends, as when reading it."""
+    monkeypatch.setattr(os, "copy_file_range", system)
+    if not mapped:
+        monkeypatch.setattr(module, "_map", lambda *_: None)
+    with (
+        (tmp_path / "new").open("w+b") as target,
+        pytest.raises(CorruptFileError, match="ends at byte 3000024, 6 bytes early") as error,
+    ):
+        shelf[1].copy_to("w", OFFSET + 3_000_000 - 14, 20, target=target.fileno(), at=0)
+    assert error.value.where == (str(shelf[0] / "w"),)
+
+
+def test_a_target_that_cannot_be_written_is_not_the_sources_fault(
+    shelf: tuple[Path, FileRanges], tmp_path: Path
+) -> None:
+    """What the kernel refused is tried by hand, and the system's own reason comes out."""
+    (tmp_path / "new").write_bytes(b"")
+    with (tmp_path / "new").open("rb") as target, pytest.raises(OSError, match="Bad file"):
+        shelf[1].copy_to("w", OFFSET, 20, target=target.fileno(), at=0)
+
+
+@pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "buffered"])
+@pytest.mark.parametrize("start", [0, 1, 4096, 4097, 2_999_990])
+def test_a_window_shows_the_bytes_from_any_position(
+    shelf: tuple[Path, FileRanges], monkeypatch: pytest.MonkeyPatch, start: int, *, mapped: bool
+) -> None:
+    """At the start of a page and inside one, up to the last byte of the file."""
+    if not mapped:
+        monkeypatch.setattr(module, "_map", lambda *_: None)
+    content = (shelf[0] / "w").read_bytes()
+    nbytes = min(10_000, len(content) - start)
+    with shelf[1].window("w", start, nbytes) as view:
+        assert content[start : start + nbytes] == view
+
+
+def test_a_window_beyond_the_end_is_an_error_not_a_signal(
+    shelf: tuple[Path, FileRanges],
+) -> None:
+    """Touching a mapped page that is not in the file would kill the process."""
+    with (
+        pytest.raises(CorruptFileError, match="ends at byte 3000024, 24 bytes early"),
+        shelf[1].window("w", 3_000_000, 48),
+    ):
+        pass
+
+
+def test_a_file_cut_short_under_a_map_is_an_error_not_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system is asked for all pages before any is touched."""
+    path = tmp_path / "w"
+    path.write_bytes(bytes(20_000))
+
+    class Late(mmap.mmap):
+        """The file is cut between mapping and reading it."""
+
+        def madvise(self, *args: int) -> None:
+            """Cut it."""
+            os.truncate(path, 5000)
+            super().madvise(*args)
+
+    monkeypatch.setattr(mmap, "mmap", Late)
+    with (
+        FileRanges(tmp_path) as files,
+        pytest.raises(CorruptFileError, match="ends at byte 5000, 15000 bytes early"),
+        files.window("w", 0, 20_000),
+    ):
+        pass
+
+
+def test_a_window_gives_its_pages_back(tmp_path: Path) -> None:
+    """Mapped pages count as memory of the process."""
+    (tmp_path / "w").write_bytes(bytes(8 << 20))
+
+    def num_maps() -> int:
+        return Path("/proc/self/maps").read_text().count(str(tmp_path / "w"))
+
+    with FileRanges(tmp_path) as files:
+        with files.window("w", 0, 8 << 20) as view:
+            assert num_maps() == 1
+            assert not any(view[:: 1 << 16])
+        assert num_maps() == 0

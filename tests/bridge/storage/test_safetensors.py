@@ -154,6 +154,28 @@ def test_any_box_is_that_slice_of_the_tensor(
     np.testing.assert_array_equal(target, expected[box.slices])
 
 
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_an_extent_is_the_bytes_of_its_box(
+    boxed: tuple[SafetensorsSource, Tensors], data: st.DataObject
+) -> None:
+    """Of any box that is one run; complete rows always are."""
+    source, tensors = boxed
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    expected = words(tensors[name])
+    starts = [data.draw(st.integers(0, n - 1)) for n in expected.shape]
+    stops = [data.draw(st.integers(a + 1, n)) for a, n in zip(starts, expected.shape, strict=True)]
+    if data.draw(st.booleans()):
+        starts[1:], stops[1:] = [0] * (len(starts) - 1), expected.shape[1:]
+    box = Box(tuple(starts), tuple(stops))
+    extents = source.extents(name, box)
+    if extents is None:
+        assert box.shape[1:] != expected.shape[1:]
+        return
+    ((path, offset, nbytes),) = extents
+    assert expected[box.slices].tobytes() == path.read_bytes()[offset : offset + nbytes]
+
+
 def test_our_files_are_the_librarys_byte_for_byte(tmp_path: Path) -> None:
     """Header, padding, order and data of every dtype equal what the library writes."""
     tensors = sample()

@@ -231,6 +231,32 @@ def test_an_extent_is_exactly_the_bytes_of_its_box(
         assert as_words(tensor)[box.slices].tobytes() == data_there
 
 
+@given(st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_extents_are_the_bytes_of_their_box_one_after_the_other(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Across chunks too, and there are some whenever the chunks are blocks of complete rows."""
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    by_rows = data.draw(st.booleans())
+    cuts: list[list[int]] = [
+        sorted({0, data.draw(st.integers(0, n)), n}) if not axis or not by_rows else [0, n]
+        for axis, n in enumerate(shape)
+    ]
+    tensor = torch.arange(int(np.prod(shape)), dtype=torch.int16).reshape(shape)
+    directory = write_checkpoint(tmp_path_factory.mktemp("extents"), {"t": (tensor, cuts)})
+    box = data.draw(boxes(shape).filter(lambda box: box.volume > 0))
+    with TorchDistReader(directory) as reader:
+        extents = reader.extents("t", box)
+    if extents is None:
+        assert not (by_rows and box.shape[1:] == tuple(shape[1:]))
+        return
+    there = b"".join(
+        path.read_bytes()[offset : offset + nbytes] for path, offset, nbytes in extents
+    )
+    assert as_words(tensor)[box.slices].tobytes() == there
+
+
 def test_wide_and_narrow_column_slices_are_read(tmp_path: Path) -> None:
     """Rows above and below the size from which they are read one by one."""
     tensor = torch.arange(6 * 5000, dtype=torch.int32).reshape(2, 3, 5000)
