@@ -136,7 +136,7 @@ def run_stages(
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
             if stage.pp_rank == pp_rank:
                 part = model_parts[stage.vp_stage]
-                output = _run(part, stage, hidden, input_ids, position_ids, mask)
+                output = _run(part, hidden, input_ids, position_ids, mask)
                 if grad:
                     runs.append(StageRun(stage=stage, received=hidden, output=output))
                 hidden = output
@@ -153,15 +153,37 @@ def run_stages(
     return Passage(runs=runs, logits=logits, group=group, ranks=ranks, last_rank=last_rank)
 
 
+def forward_part(
+    part: Any,  # noqa: ANN401 - GPTModel, which ships no types
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor,
+    *,
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run one model part alone, as `forward` runs each stage, without gradients.
+
+    Args:
+        part: From `bridge.model`, without tensor parallelism.
+        input_ids: (batch, seq), on the part's device; read where the part embeds.
+        position_ids: (seq,) or (batch, seq), there too, for RoPE.
+        hidden: (seq, batch, hidden_size), what a part that does not embed starts from.
+
+    Returns:
+        (seq, batch, hidden_size); logits, (batch, seq, vocab_size), from one with an output layer.
+    """
+    with torch.no_grad():
+        mask = _causal_mask([part], input_ids)
+        return _run(part, hidden, input_ids, position_ids, mask)
+
+
 def _run(
     part: Any,  # noqa: ANN401 - GPTModel, which ships no types
-    stage: Stage,
     hidden: torch.Tensor | None,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    if not stage.pre_process:
+    if hidden is not None:
         part.set_input_tensor(hidden)
     part.rotary_pos_emb.position_ids = position_ids
     try:

@@ -1,54 +1,95 @@
-"""Fill live tensors from a `TensorSource`, tile by tile, in place.
+"""Fill live tensors from a `TensorSource`: each byte read once, while others are on their way.
 
-On a CPU and in the file's own dtype the source writes straight into the parameter; otherwise a
-band of rows at a time goes through a buffer, so a 14 GB tensor costs no second 14 GB.
+Threads take pieces of a few MiB in the order they lie in the files. On a CPU and in the file's own
+dtype a piece is read straight into the parameter. Otherwise it is read into one of a few buffers
+and copied on from there: by the CPU, which casts it, or by the GPU's copy engine, which works while
+the next buffers are filled and leaves the cast to the GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Lock
+from typing import Final, NamedTuple
 
-import numpy as np
 import torch
 
-from bridge.dtypes import Dtype, Words, dtype_named
+from bridge.dtypes import Dtype, dtype_named
 from bridge.errors import AccountingError, DtypeMismatchError
 from bridge.parameters import EMBEDDING_ROW, OUTPUT_ROW, Parameter
 from bridge.spec import ModelSpec
+from bridge.staging import Ring, as_words, rings_for
 from bridge.storage.source import TensorSource
 from bridge.tiling import Box, Shape, Tile, Tiling, bands
+from bridge.transfer import Advance, TransferLimits
 
-_FLOATS: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
+DEFAULT_LIMITS: Final = TransferLimits()
 PADDED: Final = frozenset({EMBEDDING_ROW.name, OUTPUT_ROW.name})
 """Parameters whose rows Megatron pads, by an amount that depends on TP."""
-_BAND: Final = 1 << 24
-"""Elements that go through the buffer at once: 64 MiB of float32."""
+_FLOATS: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
+_PIECE: Final = 4 << 20
+"""Bytes read at once: long enough for a disk, short enough to be in the cache for the cast."""
+
+
+def unwatched(nbytes: int) -> None:
+    """Nobody asked for the progress."""
 
 
 def fill(
     wanted: Sequence[tuple[str, torch.Tensor, Tiling]],
     source: TensorSource,
     shapes: Mapping[str, Shape],
+    *,
+    limits: TransferLimits = DEFAULT_LIMITS,
+    advance: Advance = unwatched,
 ) -> None:
-    """Fill tensors in place.
+    """Fill tensors in place. On a GPU all of it is done when this returns.
 
     Args:
         wanted: Name for errors, the tensor, and the tiling of exactly that tensor by tensors of
             the source. A `Tiling` covers its target once, so every element is written once.
         source: Where the bytes are. Zero tiles are zeroed.
         shapes: What the source's tensors must be, at least those that are read.
+        limits: Threads that read, and memory for what is between the files and the tensors
+            (page-locked for a GPU).
+        advance: Progress in bytes of the source.
 
     Raises:
         AccountingError: BR301, tensors missing from the source or of another shape; all of them in
             one error, before anything is read.
         DtypeMismatchError: BR303, tensors that are not floating-point numbers.
+        CorruptFileError: BR302, a file ends early. Some tensors are filled by then.
     """
     _check(wanted, source, shapes)
-    with torch.no_grad():
-        for _, tensor, tiling in wanted:
-            for tile in tiling.tiles:
-                _fill_tile(tensor.detach(), tile, source)
+    tiles: list[_Piece] = []
+    for _, tensor, tiling in wanted:
+        for tile in tiling.tiles:
+            target = tensor.detach()[tile.target_box.slices]
+            if tile.source is None:
+                _zero(target)
+            else:
+                dtype = source.tensors[tile.source].dtype
+                tiles.append(_Piece(tile.source, tile.source_box, dtype, target))
+    # Files are read forwards: a source lists its tensors as they lie there.
+    order = {name: position for position, name in enumerate(source.tensors)}
+    tiles.sort(key=lambda tile: (order[tile.source], tile.box.starts))
+    nbytes = min(_PIECE, limits.band_nbytes)
+    todo = _Todo(_cut(tiles, nbytes))
+    inference = torch.is_inference_mode_enabled()  # each thread has its own
+    with (
+        rings_for({tile.target.device for tile in tiles}, limits.threads, nbytes) as rings,
+        ThreadPoolExecutor(limits.threads, thread_name_prefix="fill") as pool,
+    ):
+        try:
+            workers = [
+                pool.submit(_work, todo, source, rings, advance, inference=inference)
+                for _ in range(limits.threads)
+            ]
+            for worker in as_completed(workers):
+                worker.result()
+        finally:
+            todo.stop()
 
 
 def tiling_from_megatron(
@@ -108,27 +149,57 @@ def _check(
         )
 
 
-def _fill_tile(tensor: torch.Tensor, tile: Tile, source: TensorSource) -> None:
-    target = tensor[tile.target_box.slices]
-    if tile.source is None:
-        target.zero_()
-        return
-    dtype = source.tensors[tile.source].dtype
-    if tensor.device.type == "cpu" and dtype == dtype_named(str(tensor.dtype)):
-        source.read_into(tile.source, tile.source_box, _as_words(target, dtype))
-        return
-    for band in bands(tile.source_box, max_elements=_BAND):
-        buffer: Words = np.empty(band.shape, dtype.word)
-        source.read_into(tile.source, band, buffer)
-        target[band.relative_to(tile.source_box).slices].copy_(_as_floats(buffer, dtype))
+def _zero(target: torch.Tensor) -> None:
+    target.zero_()
 
 
-def _as_words(tensor: torch.Tensor, dtype: Dtype) -> Words:
-    signed: Words = tensor.view(getattr(torch, f"int{8 * dtype.itemsize}")).numpy()
-    return signed.view(dtype.word)
+class _Piece(NamedTuple):
+    """A box of a source's tensor and the part of a parameter that it is for."""
+
+    source: str
+    box: Box
+    dtype: Dtype
+    target: torch.Tensor
 
 
-def _as_floats(words: Words, dtype: Dtype) -> torch.Tensor:
-    # torch knows few operations on unsigned words, and needs none: the bits are only renamed.
-    signed = torch.from_numpy(words.view(f"<i{dtype.itemsize}"))
-    return signed.view(getattr(torch, dtype.name))
+def _cut(pieces: Iterable[_Piece], nbytes: int) -> Iterator[_Piece]:
+    for source, whole, dtype, target in pieces:
+        for box in bands(whole, max_elements=nbytes // dtype.itemsize):
+            yield _Piece(source, box, dtype, target[box.relative_to(whole).slices])
+
+
+class _Todo:
+    """Pieces that several threads take from, each piece once."""
+
+    def __init__(self, pieces: Iterator[_Piece]) -> None:
+        self._pieces = pieces
+        self._lock = Lock()
+
+    def __iter__(self) -> Iterator[_Piece]:
+        return self
+
+    def __next__(self) -> _Piece:
+        with self._lock:
+            return next(self._pieces)
+
+    def stop(self) -> None:
+        """Have no pieces left."""
+        with self._lock:
+            self._pieces = iter(())
+
+
+def _work(
+    todo: _Todo,
+    source: TensorSource,
+    rings: Mapping[torch.device, Ring],
+    advance: Advance,
+    *,
+    inference: bool,
+) -> None:
+    with torch.inference_mode(inference):
+        for name, box, dtype, target in todo:
+            if target.device.type == "cpu" and dtype == dtype_named(str(target.dtype)):
+                source.read_into(name, box, as_words(target, dtype))
+            else:
+                rings[target.device].move(source, name, box, target)
+            advance(box.volume * dtype.itemsize)

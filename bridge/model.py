@@ -18,7 +18,7 @@ import torch
 
 from bridge.errors import EnvironmentMissingError, PlanError
 from bridge.forward import forward
-from bridge.loading import fill, tiling_from_megatron
+from bridge.loading import DEFAULT_LIMITS, fill, tiling_from_megatron, unwatched
 from bridge.megatron_config import Layers, transformer_config
 from bridge.parameters import (
     EMBEDDING_ROW,
@@ -32,12 +32,14 @@ from bridge.pipeline import refuse_broken_layout
 from bridge.rotary import PositionedRotaryEmbedding, inv_freq
 from bridge.spec import ModelSpec, ParallelLayout, Stage
 from bridge.storage.source import TensorSource
+from bridge.transfer import Advance, TransferLimits
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
 __all__ = [
     "LocalParameter",
+    "build_block",
     "build_model",
     "forward",
     "load_hf",
@@ -93,8 +95,6 @@ def build_model(
         EnvironmentMissingError: BR500, Transformer Engine is asked for and not there.
     """
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
     layout.validate_for(spec)
     refuse_broken_layout(spec, layout)
@@ -102,43 +102,98 @@ def build_model(
     config = transformer_config(
         spec, layout, params_dtype=params_dtype, layers=chosen, device=device
     )
+    stages = layout.stages_of(parallel_state.get_pipeline_model_parallel_rank())
+    return [_build_part(spec, layout, config, stage, chosen) for stage in stages]
+
+
+def build_block(
+    spec: ModelSpec,
+    *,
+    params_dtype: str,
+    layers: Layers | Literal["auto"] = "auto",
+    device: Literal["cpu", "cuda"] = "cpu",
+    pre_process: bool = False,
+    post_process: bool = False,
+) -> GPTModel:
+    """Build one block as the only one of its pipeline stage, weights uninitialised.
+
+    `bridge.platform.initialize` must have run, without tensor or pipeline parallelism.
+
+    Args:
+        spec: A model of this one block. Its vocabulary is not padded.
+        params_dtype: As `build_model` takes it.
+        layers: As `build_model` takes it.
+        device: As `build_model` takes it.
+        pre_process: Put the embedding before it.
+        post_process: Put the final norm and the output layer behind it.
+
+    Returns:
+        The model part, in `eval` mode, as `build_model` gives it. Without the embedding its input
+        is what `set_input_tensor` was given, (seq, batch, hidden_size).
+
+    Raises:
+        EnvironmentMissingError: BR500, Transformer Engine is asked for and not there.
+    """
+    layout = ParallelLayout(num_layers_per_stage=(spec.num_layers,), make_vocab_size_divisible_by=1)
+    stage = Stage(
+        pp_rank=0,
+        vp_stage=0,
+        layers=range(spec.num_layers),
+        pre_process=pre_process,
+        post_process=post_process,
+    )
+    chosen = _choose_layers(layers, device)
+    config = transformer_config(
+        spec, layout, params_dtype=params_dtype, layers=chosen, device=device
+    )
+    return _build_part(spec, layout, config, stage, chosen)
+
+
+def _build_part(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    config: Any,  # noqa: ANN401 - TransformerConfig, which ships no types
+    stage: Stage,
+    layers: Layers,
+) -> GPTModel:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # Both copies of a tied embedding are loaded; without the group the constructor leaves out
     # the all-reduce that would first make them equal, and which moves them to a GPU.
     groups.embd = None
-    parts = []
-    for stage in layout.stages_of(parallel_state.get_pipeline_model_parallel_rank()):
-        vp_stage = None if layout.virtual_pipeline_model_parallel_size is None else stage.vp_stage
-        with _no_alarm_over_no_ops():
-            part = GPTModel(
-                config,
-                _block_submodules(spec, config, stage, vp_stage, chosen),
-                vocab_size=spec.padded_vocab_size(
-                    layout.tensor_model_parallel_size,
-                    make_vocab_size_divisible_by=layout.make_vocab_size_divisible_by,
-                ),
-                max_sequence_length=spec.max_position_embeddings,
-                pre_process=stage.pre_process,
-                post_process=stage.post_process,
-                parallel_output=True,
-                share_embeddings_and_output_weights=spec.share_embeddings_and_output_weights,
-                position_embedding_type="rope",
-                rotary_base=spec.rope.rotary_base,
-                pg_collection=groups,
-                vp_stage=vp_stage,
-            )
-        frequencies = inv_freq(spec.rope, spec.kv_channels)
-        part.rotary_pos_emb = PositionedRotaryEmbedding(
-            part.rotary_pos_emb,
-            frequencies.to("cpu" if device == "cpu" else torch.cuda.current_device()),
+    vp_stage = None if layout.virtual_pipeline_model_parallel_size is None else stage.vp_stage
+    with _no_alarm_over_no_ops():
+        part = GPTModel(
+            config,
+            _block_submodules(spec, config, stage, vp_stage, layers),
+            vocab_size=spec.padded_vocab_size(
+                layout.tensor_model_parallel_size,
+                make_vocab_size_divisible_by=layout.make_vocab_size_divisible_by,
+            ),
+            max_sequence_length=spec.max_position_embeddings,
+            pre_process=stage.pre_process,
+            post_process=stage.post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=spec.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=spec.rope.rotary_base,
+            pg_collection=groups,
+            vp_stage=vp_stage,
         )
-        # Local norms are born float32 on the CPU; Megatron-LM's Float16Module casts them too.
-        for parameter in part.parameters():
-            parameter.data = parameter.data.to(
-                dtype=config.params_dtype, device=part.rotary_pos_emb.inv_freq.device
-            )
-        parts.append(part.eval())
-    return parts
+    on_cpu = config.use_cpu_initialization
+    frequencies = inv_freq(spec.rope, spec.kv_channels)
+    part.rotary_pos_emb = PositionedRotaryEmbedding(
+        part.rotary_pos_emb, frequencies.to("cpu" if on_cpu else torch.cuda.current_device())
+    )
+    # Local norms are born float32 on the CPU; Megatron-LM's Float16Module casts them too.
+    for parameter in part.parameters():
+        parameter.data = parameter.data.to(
+            dtype=config.params_dtype, device=part.rotary_pos_emb.inv_freq.device
+        )
+    found: GPTModel = part.eval()
+    return found
 
 
 @contextlib.contextmanager
@@ -260,16 +315,32 @@ def _checkpoint_name(part: Any, live_name: str) -> str:  # noqa: ANN401 - GPTMod
 
 
 def load_hf(
-    model_parts: Sequence[GPTModel], spec: ModelSpec, layout: ParallelLayout, source: TensorSource
+    model_parts: Sequence[GPTModel],
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    source: TensorSource,
+    *,
+    limits: TransferLimits = DEFAULT_LIMITS,
+    advance: Advance = unwatched,
 ) -> None:
     """Fill this rank's parameters in place from Hugging Face tensors, reading only its slices.
 
+    Each byte is read once, by several threads, and on a GPU while others are being copied there.
     Bit-exact unless the model's dtype differs from the file's; then each element is rounded once.
+
+    Args:
+        model_parts: This rank's, as `build_model` gives them.
+        spec: The model.
+        layout: How it is cut.
+        source: The checkpoint.
+        limits: Threads that read on this rank, and memory for what is not in its place yet.
+        advance: Progress in bytes read; called from several threads.
 
     Raises:
         PlanError: BR400, live parameters and the table are not the same: nothing has been read.
         AccountingError: BR301, tensors missing or of another shape: nothing has been read.
         DtypeMismatchError: BR303, the source holds something other than floating-point numbers.
+        CorruptFileError: BR302, a file ends early: the parameters are filled in part.
     """
     tp_rank, tp = _tp(layout)
     pairs = _matched(model_parts, spec, layout)
@@ -277,16 +348,24 @@ def load_hf(
         [(one.name, one.tensor, parameter.shard(tp_rank, tp)) for one, parameter in pairs],
         source,
         hf_tensors(spec),
+        limits=limits,
+        advance=advance,
     )
 
 
 def load_megatron(
-    model_parts: Sequence[GPTModel], spec: ModelSpec, layout: ParallelLayout, source: TensorSource
+    model_parts: Sequence[GPTModel],
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    source: TensorSource,
+    *,
+    limits: TransferLimits = DEFAULT_LIMITS,
+    advance: Advance = unwatched,
 ) -> None:
     """Fill this rank's parameters from a Megatron checkpoint, whole tensors under canonical names.
 
     A vocabulary that was padded for another TP is padded anew; otherwise every row is taken.
-    Exactness and errors are those of `load_hf`.
+    Arguments, exactness and errors are those of `load_hf`.
     """
     tp_rank, tp = _tp(layout)
     wanted, shapes = [], {}
@@ -294,7 +373,7 @@ def load_megatron(
         whole, shapes[one.name] = tiling_from_megatron(parameter, spec, source)
         boxes = parameter.shard_boxes(tp_rank, tp)
         wanted.append((one.name, one.tensor, whole.restrict(boxes, axis=parameter.tp_axis or 0)))
-    fill(wanted, source, shapes)
+    fill(wanted, source, shapes, limits=limits, advance=advance)
 
 
 def _tp(layout: ParallelLayout) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import multiprocessing
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -135,12 +136,15 @@ PROBES = {"near": None, "far": FAR, "rows": torch.stack([FAR, FAR.flip(0)])}
 
 
 class DictSource:
-    """A TensorSource over torch tensors in memory that remembers how much was read."""
+    """A TensorSource over torch tensors in memory that counts how often each element was read."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._words: dict[str, Words] = {}
         self._infos: dict[str, TensorInfo] = {}
-        self.elements_read = 0
+        self.times_read = {
+            name: torch.zeros(tensor.shape, dtype=torch.int32) for name, tensor in tensors.items()
+        }
+        self._lock = threading.Lock()
         for name, tensor in tensors.items():
             dtype = dtype_named(str(tensor.dtype))
             signed = tensor.contiguous().view(getattr(torch, f"int{8 * dtype.itemsize}")).numpy()
@@ -155,7 +159,18 @@ class DictSource:
     def read_into(self, name: str, box: Box, out: Words) -> None:
         """Copy a box."""
         out[...] = self._words[name][box.slices]
-        self.elements_read += box.volume
+        with self._lock:
+            self.times_read[name][box.slices] += 1
+
+    @property
+    def elements_read(self) -> int:
+        """Elements that were read, each as often as it was."""
+        return sum(int(one.sum()) for one in self.times_read.values())
+
+    @property
+    def read_again(self) -> list[str]:
+        """Tensors of which some element was read twice or more."""
+        return [name for name, one in self.times_read.items() if int(one.max()) > 1]
 
     def close(self) -> None:
         """Nothing to release."""
@@ -262,12 +277,14 @@ def _run_layout(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
     held = [(one.name, one.live_name, one.tensor) for one in local_parameters(parts, layout)]
     again = build_model(spec, layout, params_dtype="float32")
     # Padded for another TP than any layout here.
-    load_megatron(again, spec, layout, DictSource(megatron_weights(spec, 168)))
+    megatron = DictSource(megatron_weights(spec, 168))
+    load_megatron(again, spec, layout, megatron)
     return {
         "logits": logits,
         "names": [(name, live) for name, live, _ in held],
         "elements_held": sum(tensor.numel() for *_, tensor in held),
-        "elements_read": source.elements_read,
+        "elements_read": {"hf": source.elements_read, "megatron": megatron.elements_read},
+        "read_again": source.read_again + megatron.read_again,
         "megatron_equals_hf": all(
             torch.equal(one.tensor, tensor)
             for one, (*_, tensor) in zip(local_parameters(again, layout), held, strict=True)

@@ -89,13 +89,7 @@ def padding_left_alone() -> Iterator[None]:
     """Rows that stand for no token are not zeroed."""
     from bridge import loading
 
-    healthy = loading._fill_tile
-
-    def fill_tile(tensor: Any, tile: Any, source: Any) -> None:  # noqa: ANN401 - the function's own
-        if tile.source is not None:
-            healthy(tensor, tile, source)
-
-    with mock.patch.object(loading, "_fill_tile", fill_tile):
+    with mock.patch.object(loading, "_zero"):
         yield
 
 
