@@ -28,6 +28,7 @@ from bridge.cli_options import (
     Verify,
     VocabDivisor,
     VppSize,
+    Workers,
     conversion_options,
     transfer_limits,
 )
@@ -220,6 +221,7 @@ def import_(
     verify: Verify = "auto",
     trust_remote_code: TrustRemoteCode = False,
     memory_budget: MemoryBudget = "1GiB",
+    workers: Workers = None,
     overwrite: Overwrite = False,
     revision: Revision = None,
     carry: CarryField = None,
@@ -230,17 +232,24 @@ def import_(
     The result loads at any TP and PP; the sizes given here only cut its files for those ranks.
     """
     from bridge.convert import import_checkpoint
+    from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
-    hf = resolve_model(hf_model, weights=True, revision=revision)
-    report = import_checkpoint(
-        hf,
-        megatron_path,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        make_vocab_size_divisible_by=divisor,
-        options=conversion_options(verify, memory_budget, overwrite=overwrite, carry=carry),
-    )
+    with crew_of(workers) as crew:
+        hf = resolve_model(hf_model, weights=True, revision=revision)
+        report = crew.run(
+            import_checkpoint,
+            hf,
+            megatron_path,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            make_vocab_size_divisible_by=divisor,
+            options=conversion_options(
+                verify, memory_budget, workers, overwrite=overwrite, carry=carry
+            ),
+        )
+    if crew.rank:
+        return
     print_report(report.to_dict(), json_=json_)
     _verify_fully(
         verify, hf, megatron_path, trust_remote_code=trust_remote_code, carry=carry, json_=json_
@@ -265,6 +274,7 @@ def export(
     verify: Verify = "auto",
     trust_remote_code: TrustRemoteCode = False,
     memory_budget: MemoryBudget = "1GiB",
+    workers: Workers = None,
     overwrite: Overwrite = False,
     revision: Revision = None,
     carry: CarryField = None,
@@ -275,18 +285,25 @@ def export(
     A checkpoint that `import` made gives back the source directory, each file byte for byte.
     """
     from bridge.convert import export_checkpoint
+    from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
-    resolved = None
-    if hf_model is not None:
-        resolved = resolve_model(hf_model, weights=False, revision=revision)
-    report = export_checkpoint(
-        megatron_path,
-        hf_path,
-        hf_model=resolved,
-        max_shard_size=parse_size(max_shard_size),
-        options=conversion_options(verify, memory_budget, overwrite=overwrite, carry=carry),
-    )
+    with crew_of(workers) as crew:
+        resolved = None
+        if hf_model is not None:
+            resolved = resolve_model(hf_model, weights=False, revision=revision)
+        report = crew.run(
+            export_checkpoint,
+            megatron_path,
+            hf_path,
+            hf_model=resolved,
+            max_shard_size=parse_size(max_shard_size),
+            options=conversion_options(
+                verify, memory_budget, workers, overwrite=overwrite, carry=carry
+            ),
+        )
+    if crew.rank:
+        return
     print_report(report.to_dict(), json_=json_)
     _verify_fully(
         verify,
@@ -305,28 +322,28 @@ def synthesize(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which weights.")] = 0,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Per file.")] = "5GB",
     memory_budget: MemoryBudget = "1GiB",
+    workers: Workers = None,
     overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
     """Write a checkpoint of any configuration with pseudo-random weights, for trials and tests."""
+    from bridge.crew.launch import crew_of
     from bridge.storage.synthetic import synthesize as write
 
     started = time.perf_counter()
-    progress = RichProgress()
-    from bridge.convert import read_spec
-    from bridge.parameters import num_parameters
-
-    spec = read_spec(config)
-    with progress.phase("synthesize", num_parameters(spec) * 2) as advance:
-        nbytes = write(
+    with crew_of(workers) as crew:
+        nbytes = crew.run(
+            write,
             config,
             hf_path,
             seed=seed,
             max_shard_size=parse_size(max_shard_size),
-            limits=transfer_limits(memory_budget),
-            advance=advance,
+            limits=transfer_limits(memory_budget, workers),
+            progress=RichProgress(),
             overwrite=overwrite,
         )
+    if crew.rank:
+        return
     seconds = time.perf_counter() - started
     if json_:
         print_json({"target": str(hf_path), "nbytes": nbytes, "seed": seed, "seconds": seconds})

@@ -5,7 +5,9 @@ Flags are spelled as Megatron's, with `--tp`, `--pp` and `--vp` as short forms.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -45,8 +47,21 @@ VocabDivisor = Annotated[
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 MemoryBudget = Annotated[
-    str, typer.Option("--memory-budget", help="Memory for buffers, such as 512MiB.")
+    str,
+    typer.Option(
+        "--memory-budget",
+        help="Memory for buffers, such as 512MiB: of all --workers together, of each rank under "
+        "torchrun.",
+    ),
 ]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        "--workers", min=1, show_default="1",
+        help="Processes that share the files; the result is the same. Not under torchrun, which "
+        "starts its own.",
+    ),
+]  # fmt: skip
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing target once the new one is done.")
 ]
@@ -73,27 +88,40 @@ Revision = Annotated[
 ]
 
 
-def transfer_limits(memory_budget: str) -> TransferLimits:
-    """Read `--memory-budget`; refuse one that cannot be kept, with UsageError BR001."""
+def transfer_limits(memory_budget: str, workers: int | None = None) -> TransferLimits:
+    """What each of `workers` processes may use of `--memory-budget` and of this machine's cores.
+
+    Raises:
+        UsageError: BR001, a budget that cannot be kept.
+    """
+    from bridge.crew.launch import processes_here
     from bridge.transfer import TransferLimits
 
-    limits = TransferLimits(memory_budget=parse_size(memory_budget))
+    threads = max(1, (os.cpu_count() or 1) // processes_here(workers))
+    limits = TransferLimits(memory_budget=parse_size(memory_budget) // (workers or 1))
+    limits = replace(limits, threads=min(limits.threads, threads))
     if limits.buffers_nbytes > limits.memory_budget:
+        each = f" by each of {workers} workers" if workers and workers > 1 else ""
         raise UsageError(
             f"a memory budget of {memory_budget} cannot be kept",
-            hint=f"{limits.threads} threads need {limits.buffers_nbytes} bytes or more",
+            hint=f"{limits.threads} threads need {limits.buffers_nbytes} bytes or more{each}",
         )
     return limits
 
 
 def conversion_options(
-    verify: str, memory_budget: str, *, overwrite: bool, carry: Collection[str] | None
+    verify: str,
+    memory_budget: str,
+    workers: int | None,
+    *,
+    overwrite: bool,
+    carry: Collection[str] | None,
 ) -> ConversionOptions:
     """What `import` and `export` do alike."""
     from bridge.conversion import ConversionOptions
 
     return ConversionOptions(
-        limits=transfer_limits(memory_budget),
+        limits=transfer_limits(memory_budget, workers),
         verify="none" if verify == "none" else "auto",
         overwrite=overwrite,
         carry=carry or (),

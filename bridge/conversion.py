@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
+from bridge.crew.protocol import Crew
+from bridge.crew.sharing import share_of
 from bridge.errors import VerificationError
 from bridge.plan import Plan
+from bridge.progress import Progress, Silent
 from bridge.storage.safetensors import total_nbytes
 from bridge.storage.source import FileLayout, TensorInfo, TensorSource
 from bridge.tiling import Tiling
-from bridge.transfer import Advance, Digest, TransferLimits, compare, write_files
+from bridge.transfer import Digest, TransferLimits, compare, write_files
 
 Verify = Literal["auto", "none"]
-
-
-class Progress(Protocol):
-    """Somebody who wants to see long work move."""
-
-    def phase(self, name: str, total: int) -> AbstractContextManager[Advance]:
-        """A phase of `total` bytes begins; the value is called with the bytes just done."""
-        ...
-
-
-class Silent:
-    """Nobody is watching."""
-
-    @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Advance]:
-        """Count nothing."""
-        del name, total
-        yield lambda _nbytes: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +29,7 @@ class ConversionOptions:
     """How to convert.
 
     Args:
-        limits: Memory and threads.
+        limits: Memory and threads of each process that takes part.
         verify: `auto` reads the target back and compares it with the source bit by bit.
         overwrite: Replace an existing target, once the new one is complete and verified.
         carry: Unknown configuration fields to carry along by the caller's word.
@@ -61,7 +45,11 @@ class ConversionOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConversionReport:
-    """What a conversion did. Sizes in bytes, times in seconds."""
+    """What a conversion did. Sizes in bytes, times in seconds.
+
+    `peak_rss` is the sum of the peaks of all `workers`, which is an upper bound of what they held
+    at any one time.
+    """
 
     direction: Literal["hf_to_mcore", "mcore_to_hf"]
     source: str
@@ -74,6 +62,7 @@ class ConversionReport:
     verified: bool
     convert_seconds: float
     verify_seconds: float
+    workers: int
     peak_rss: int
     tensor_sha256: Mapping[str, str]
     notes: Sequence[str]
@@ -85,15 +74,20 @@ class ConversionReport:
 
 @dataclass(slots=True)
 class ConversionJob:
-    """The two passes over the data that both directions share, and their times."""
+    """The two passes over the data that both directions share, and their times.
+
+    Every process of `crew` makes each call, writes and compares its share, and learns of all.
+    """
 
     direction: Literal["hf_to_mcore", "mcore_to_hf"]
     source_path: Path
     target_path: Path
     plan: Plan
     options: ConversionOptions
+    crew: Crew
     convert_seconds: float = 0.0
     verify_seconds: float = 0.0
+    peak_rss: int = 0
 
     def write(
         self,
@@ -102,13 +96,15 @@ class ConversionJob:
         source: TensorSource,
         tilings: Mapping[str, Tiling],
     ) -> None:
-        """Stream the weights into their files."""
-        total = sum(payload.nbytes for layout in layouts for payload in layout.payloads)
+        """Stream the weights into their files; all of them are complete when it returns."""
+        sizes = [sum(payload.nbytes for payload in layout.payloads) for layout in layouts]
+        mine = share_of(self.crew, layouts, sizes)
         started = time.perf_counter()
-        with self.options.progress.phase("convert", total) as advance:
+        with self.crew.phase(self.options.progress, "convert", sum(sizes)) as advance:
             write_files(
-                layouts, directory, source, tilings, limits=self.options.limits, advance=advance
+                mine, directory, source, tilings, limits=self.options.limits, advance=advance
             )
+            self.peak_rss = sum(self.crew.gather(_peak_rss()))
         self.convert_seconds = time.perf_counter() - started
 
     def verify(self, hf: TensorSource, megatron: TensorSource) -> dict[str, str]:
@@ -120,12 +116,16 @@ class ConversionJob:
         if self.options.verify == "none":
             return {}
         started = time.perf_counter()
-        total = total_nbytes(hf.tensors.values())
-        with self.options.progress.phase("verify", total) as advance:
-            digests = compare(
-                hf, megatron, self.plan.mcore_to_hf, limits=self.options.limits, advance=advance
-            )
+        tilings = self.plan.mcore_to_hf
+        sizes = [hf.tensors[name].nbytes for name in tilings]
+        mine = {name: tilings[name] for name in share_of(self.crew, list(tilings), sizes)}
+        with self.crew.phase(self.options.progress, "verify", sum(sizes)) as advance:
+            found = compare(hf, megatron, mine, limits=self.options.limits, advance=advance)
+            shares = self.crew.gather((found, _peak_rss()))
         self.verify_seconds = time.perf_counter() - started
+        self.peak_rss = sum(peak for _, peak in shares)
+        by_name = {digest.name: digest for share, _ in shares for digest in share}
+        digests = [by_name[name] for name in tilings]
         wrong = [difference(self.plan, digest) for digest in digests if digest.num_different]
         if wrong:
             raise VerificationError(
@@ -146,7 +146,14 @@ class ConversionJob:
         """
         if self.options.verify == "none":
             return
-        wrong = nonzero_padding(self.plan, megatron)
+        padded = [
+            name
+            for name, tiling in self.plan.hf_to_mcore.items()
+            if any(tile.source is None for tile in tiling.tiles)
+        ]
+        mine = padded[self.crew.rank :: self.crew.size]
+        found = self.crew.gather(nonzero_padding(self.plan, megatron, mine))
+        wrong = sorted(place for share in found for place in share)
         if wrong:
             raise VerificationError(
                 "the padding of the vocabulary is not zero after reading it back",
@@ -178,17 +185,30 @@ class ConversionJob:
             verified=bool(digests),
             convert_seconds=self.convert_seconds,
             verify_seconds=self.verify_seconds,
-            peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            workers=self.crew.size,
+            peak_rss=self.peak_rss,
             tensor_sha256=dict(digests),
             notes=tuple(notes),
         )
 
 
-def nonzero_padding(plan: Plan, megatron: TensorSource) -> list[str]:
-    """Every stretch of vocabulary padding that holds something other than zeros."""
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def nonzero_padding(
+    plan: Plan, megatron: TensorSource, names: Collection[str] | None = None
+) -> list[str]:
+    """Every stretch of vocabulary padding that holds something other than zeros.
+
+    Args:
+        plan: Says where the padding is.
+        megatron: The checkpoint.
+        names: Look at these parameters only.
+    """
     wrong = []
-    for name, tiling in plan.hf_to_mcore.items():
-        for tile in tiling.tiles:
+    for name in plan.hf_to_mcore if names is None else names:
+        for tile in plan.hf_to_mcore[name].tiles:
             if tile.source is None:
                 words = np.empty(tile.target_box.shape, megatron.tensors[name].dtype.word)
                 megatron.read_into(name, tile.target_box, words)

@@ -16,6 +16,8 @@ from typing import Final
 from bridge import __version__
 from bridge.agreement import check_agreement
 from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
+from bridge.crew.protocol import Alone, Crew
+from bridge.crew.sharing import shared_directory
 from bridge.errors import ConfigError, VerificationError
 from bridge.hf_config import hf_config_from_spec, load_hf_config, spec_from_hf_config
 from bridge.megatron_args import checkpoint_args, megatron_lm_flags, spec_from_checkpoint_args
@@ -38,7 +40,6 @@ from bridge.storage.safetensors import (
 )
 from bridge.storage.source import FileLayout, TensorInfo
 from bridge.storage.target import (
-    new_directory,
     read_small_file,
     refuse_overlap,
     side_files,
@@ -58,6 +59,7 @@ def import_checkpoint(
     num_layers_per_stage: Sequence[int] | None = None,
     make_vocab_size_divisible_by: int = 128,
     options: ConversionOptions | None = None,
+    crew: Crew | None = None,
 ) -> ConversionReport:
     """Convert a Hugging Face checkpoint to Megatron's `torch_dist`.
 
@@ -73,6 +75,8 @@ def import_checkpoint(
         num_layers_per_stage: Layers of each pipeline rank; by default they are balanced.
         make_vocab_size_divisible_by: The vocabulary is padded to a multiple of this times TP.
         options: Memory, verification, progress.
+        crew: The processes that share the work, all of which make this call; `crew_of` starts
+            them. The files do not depend on how many there are.
 
     Raises:
         ConfigError: BR1xx, the configuration is not one the bridge can honour.
@@ -80,6 +84,7 @@ def import_checkpoint(
         VerificationError: BR305, what was written, read back, differs; the target is not created.
     """
     options = options or ConversionOptions()
+    crew = crew or Alone()
     refuse_overlap(megatron, [hf])
     spec = read_spec(hf, carry=options.carry)
     layout = plan_layout(
@@ -111,18 +116,22 @@ def import_checkpoint(
             headers={name: header.raw for name, header in source.headers.items()},
             index=read_small_file(hf / INDEX_NAME) if (hf / INDEX_NAME).is_file() else None,
         )
-        job = ConversionJob("hf_to_mcore", hf, megatron, plan, options)
-        with new_directory(megatron, overwrite=options.overwrite) as directory:
+        job = ConversionJob("hf_to_mcore", hf, megatron, plan, options, crew)
+        names, left = side_files(hf)
+        with shared_directory(megatron, overwrite=options.overwrite, crew=crew) as directory:
             job.write(files.files, directory, source, plan.hf_to_mcore)
-            for name, data in files.small_files.items():
-                write_small_file(directory, name, data)
-            names, left = side_files(hf)
-            side = _carry(hf, names, directory / SIDE_DIRECTORY)
+            if crew.rank == 0:
+                for name, data in files.small_files.items():
+                    write_small_file(directory, name, data)
+                side = _carry(hf, names, directory / SIDE_DIRECTORY)
+                record = replace(record, side_file_sha256=side)
+            crew.gather(None)  # the checkpoint can be opened now
             with MegatronSource(directory) as written:
                 digests = job.verify(source, written)
                 job.verify_padding(written)
-            record = replace(record, tensor_sha256=digests, side_file_sha256=side)
-            write_small_file(directory, RECORD_NAME, record.to_json())
+            if crew.rank == 0:
+                record = replace(record, tensor_sha256=digests)
+                write_small_file(directory, RECORD_NAME, record.to_json())
         left = [name for name in left if name not in source.headers and name != INDEX_NAME]
         notes = _import_notes(stored) + [f"not carried: {name}" for name in left]
         return job.report(source.tensors, plan.hf_to_mcore, digests, notes)
@@ -135,6 +144,7 @@ def export_checkpoint(
     hf_model: Path | None = None,
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     options: ConversionOptions | None = None,
+    crew: Crew | None = None,
 ) -> ConversionReport:
     """Convert a Megatron `torch_dist` checkpoint to a Hugging Face directory.
 
@@ -149,6 +159,8 @@ def export_checkpoint(
             weights are not read.
         max_shard_size: Bytes per weight file, where the source's own division is not known.
         options: Memory, verification, progress.
+        crew: The processes that share the work, all of which make this call; `crew_of` starts
+            them. The files do not depend on how many there are.
 
     Raises:
         ConfigError: BR1xx, no configuration, or one that contradicts the checkpoint.
@@ -156,6 +168,7 @@ def export_checkpoint(
         VerificationError: BR305, what was written, read back, differs; the target is not created.
     """
     options = options or ConversionOptions()
+    crew = crew or Alone()
     refuse_overlap(hf, [megatron, *([] if hf_model is None else [hf_model])])
     with MegatronSource(megatron) as source:
         record = read_record(source.root) if hf_model is None else None
@@ -169,19 +182,14 @@ def export_checkpoint(
             for name, shape in plan.hf_shapes.items()
         }
         layouts, index = _hf_layouts(tensors, record, max_shard_size, where=str(source.root))
-        job = ConversionJob("mcore_to_hf", megatron, hf, plan, options)
-        with new_directory(hf, overwrite=options.overwrite) as directory:
+        job = ConversionJob("mcore_to_hf", megatron, hf, plan, options, crew)
+        with shared_directory(hf, overwrite=options.overwrite, crew=crew) as directory:
             job.write(layouts, directory, source, plan.mcore_to_hf)
-            if index is not None:
-                write_small_file(directory, INDEX_NAME, index)
-            if side_source is None:
-                config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
-                write_small_file(directory, "config.json", config)
-            elif side_source.is_dir():
-                carried = _carry(side_source, side_files(side_source)[0], directory)
-                _check_side_files(record, carried, side_source)
-            else:
-                write_small_file(directory, "config.json", read_small_file(side_source))
+            if crew.rank == 0:
+                if index is not None:
+                    write_small_file(directory, INDEX_NAME, index)
+                _write_side_files(directory, side_source, spec, record)
+            crew.gather(None)  # the checkpoint can be opened now
             with SafetensorsSource(directory) as written:
                 digests = job.verify(written, source)
             if record is not None and record.iteration == source.iteration:
@@ -219,6 +227,20 @@ def _carry(source: Path, names: Iterable[str], target: Path) -> dict[str, str]:
         write_small_file(target, name, data)
         found[name] = sha256_of(data)
     return found
+
+
+def _write_side_files(
+    directory: Path, source: Path | None, spec: ModelSpec, record: SourceRecord | None
+) -> None:
+    """What an export holds besides weights: of a directory, a bare config, or made from `spec`."""
+    if source is None:
+        config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
+        write_small_file(directory, "config.json", config)
+    elif source.is_dir():
+        carried = _carry(source, side_files(source)[0], directory)
+        _check_side_files(record, carried, source)
+    else:
+        write_small_file(directory, "config.json", read_small_file(source))
 
 
 def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[str]:

@@ -175,3 +175,10 @@ class EnvironmentMissingError(BridgeError):
 
     code = "BR500"
     exit_code = 3
+
+
+class WorkerLostError(BridgeError):
+    """A process of a conversion that several do together has died, or does not come."""
+
+    code = "BR501"
+    exit_code = 3

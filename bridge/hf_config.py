@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import ConfigError, InconsistentConfigError, UnsupportedArchitectureError
@@ -28,6 +27,7 @@ from bridge.spec import (
     ModelSpec,
     SwiGLU,
 )
+from bridge.storage.remote import Location
 
 LLAMA: Final = "LlamaForCausalLM"
 DECILM: Final = "DeciLMForCausalLM"
@@ -35,7 +35,7 @@ _MAX_DEPTH: Final = 32
 MODEL_TYPES: Final = {LLAMA: ("llama",), DECILM: ("nemotron-nas", "deci", "decilm")}
 
 
-def load_hf_config(path: Path) -> dict[str, Any]:
+def load_hf_config(path: Location) -> dict[str, Any]:
     """Read a `config.json`, or that of a checkpoint directory.
 
     Raises:

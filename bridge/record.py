@@ -16,10 +16,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage.remote import Location
 from bridge.storage.safetensors import ShardHeader, parse_header
 from bridge.storage.target import read_small_file
 
@@ -79,7 +79,7 @@ def _described_size(raw: bytes, where: str) -> int:
         raise CorruptFileError(f"a recorded header is damaged: {error}", where=where) from None
 
 
-def read_record(checkpoint: Path) -> SourceRecord | None:
+def read_record(checkpoint: Location) -> SourceRecord | None:
     """The record of a Megatron checkpoint's root directory, None when it has none.
 
     Raises:

@@ -77,12 +77,14 @@ def print_report(report: dict[str, Any], *, json_: bool) -> None:
         if report["verified"]
         else "not verified (--verify none)"
     )
+    workers = report["workers"]
+    several = f" summed over {workers} workers" if workers > 1 else ""
     console.print(
         f"{report['source']} -> {report['target']}\n"
         f"{report['num_parameters']:,} parameters, {report['num_source_tensors']} -> "
         f"{report['num_target_tensors']} tensors, {report['nbytes'] / 1e9:.3f} GB in "
         f"{report['convert_seconds']:.1f} s ({rate:.2f} GB/s), {verified}, "
-        f"peak memory {gib(report['peak_rss'])}"
+        f"peak memory {gib(report['peak_rss'])}{several}"
     )
     for note in report["notes"]:
         console.print(f"note: {note}")

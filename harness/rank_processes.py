@@ -7,10 +7,8 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import signal
-import sys
 import time
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -18,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Final, Literal
 
+from bridge.crew.local import without_main
 from harness.ranks import RankSettings, serve
 
 _PRELOAD: Final = ["harness.rank_imports"]
@@ -47,7 +46,7 @@ def start(settings: RankSettings) -> Worker:
     context = _context(settings.device)
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs, settings), name=f"rank{settings.rank}")
-    with _without_main():
+    with without_main():
         process.start()
     theirs.close()
     return Worker(rank=settings.rank, process=process, connection=ours, log=settings.log)
@@ -105,17 +104,3 @@ def log_tail(path: Path, first: int) -> str:
         stream.seek(first)
         lines = stream.read().decode("utf-8", errors="replace").splitlines()
     return "\n".join(lines[-_TAIL_LINES:])
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Keep multiprocessing from importing the user's `__main__` again in every rank.
-
-    A script without a `__main__` guard would otherwise start itself over and over.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main

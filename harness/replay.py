@@ -125,7 +125,6 @@ def write_model(config: Mapping[str, Any], directory: Path, *, seed: int) -> Pat
         seed=seed,
         max_shard_size=_SHARD_BYTES,
         limits=TransferLimits(),
-        advance=lambda _nbytes: None,
     )
     source.unlink()
     return directory

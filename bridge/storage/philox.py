@@ -32,7 +32,7 @@ CHUNK: Final = 1 << 15
 """Elements made at a time: 256 KiB of words, which stays in a core's cache."""
 DEVIATION: Final = math.sqrt((2**32 - 1) / 3)
 """Standard deviation of `noise`: four uniforms on 0..65535 have variance (2**32 - 1) / 12 each."""
-_MEAN: Final = 2 * 0xFFFF
+NOISE_MEAN: Final = 2 * 0xFFFF
 _LANES: Final = np.uint64(0x0000FFFF0000FFFF)
 _NOISY_NORM: Final = 0.2
 
@@ -132,7 +132,7 @@ def _float32_chunks(
         halves = low.view("<u4")
         np.add(halves[0::2], halves[1::2], out=noise[used])
         signed = noise[used].view("<i4")
-        signed -= np.int32(_MEAN)
+        signed -= np.int32(NOISE_MEAN)
         chunk = values[used]
         chunk[...] = signed
         chunk *= scale

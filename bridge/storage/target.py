@@ -98,7 +98,9 @@ def _sweep(target: Path) -> None:
     """Clear up after processes that were killed; give back a target they had moved aside."""
     for left in sorted(target.parent.glob(f".{target.name}{_PARTIAL}*")):
         pid = left.name.rpartition(_PARTIAL)[2].removesuffix(_OLD)
-        if not pid.isdigit() or Path(f"/proc/{pid}").exists():
+        # A container often gives the next attempt the number that the killed one had.
+        mine = pid == str(os.getpid())
+        if not pid.isdigit() or (Path(f"/proc/{pid}").exists() and not mine):
             continue
         if left.name.endswith(_OLD) and not target.exists():
             left.rename(target)

@@ -160,7 +160,7 @@ def write_checkpoint(model: GoldenModel, directory: Path, *, dtype: str | None =
         config.write_text(json.dumps(stated, indent=2) + "\n", "utf-8")
         synthesize(
             config, directory, seed=model.seed, max_shard_size=_SHARD_SIZE,
-            limits=TransferLimits(), advance=lambda _nbytes: None,
+            limits=TransferLimits(),
         )  # fmt: skip
 
 

@@ -558,7 +558,6 @@ def test_a_synthetic_checkpoint_does_not_replace_its_own_configuration(
             seed=0,
             max_shard_size=10**9,
             limits=TransferLimits(),
-            advance=lambda _nbytes: None,
             overwrite=True,
         )
     assert before == files_of(super_checkpoint)

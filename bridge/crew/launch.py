@@ -1,0 +1,110 @@
+"""Running a function as a crew, whichever way its processes are started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from bridge.crew.interrupts import interrupts_pull
+from bridge.crew.protocol import Alone, Crew
+from bridge.errors import UsageError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A crew about to start.
+
+    Args:
+        workers: Processes on this machine; the crew is `crew` if there is one.
+        crew: That has been started by somebody else.
+    """
+
+    workers: int
+    crew: Crew | None
+
+    @property
+    def rank(self) -> int:
+        """This process's. Only rank 0 has anything to say to the user."""
+        return self.crew.rank if self.crew is not None else 0
+
+    def run(
+        self,
+        function: Callable[..., Result],
+        *args: Any,  # noqa: ANN401 - the function's own
+        **kwargs: Any,  # noqa: ANN401 - the function's own
+    ) -> Result:
+        """Call `function(*args, crew=crew, **kwargs)` in every process of the crew.
+
+        Args:
+            function: Importable by name.
+            *args: Picklable.
+            **kwargs: Picklable.
+
+        Returns:
+            What it returns here.
+
+        Raises:
+            WorkerLostError: BR501, a process has died.
+            BridgeError: Whatever the function raises, in whichever process.
+        """
+        if self.crew is not None:
+            return function(*args, crew=self.crew, **kwargs)
+        if self.workers == 1:
+            alone = Alone()
+            with interrupts_pull(alone.brake):
+                return function(*args, crew=alone, **kwargs)
+        from bridge.crew.local import led
+
+        with led(self.workers, function, args, kwargs) as lead, interrupts_pull(lead.brake):
+            return function(*args, crew=lead, **kwargs)
+
+
+@contextmanager
+def crew_of(workers: int | None) -> Iterator[Launch]:
+    """A crew of `workers` processes on this machine, or of torchrun's ranks.
+
+    Under torchrun (`RANK` and a `WORLD_SIZE` above 1 in the environment) the ranks meet here. An
+    error inside the block, on whichever rank, is raised by rank 0 alone, and the others exit with
+    its status, so that the user reads it once.
+
+    Args:
+        workers: Processes on this machine; None is 1, or torchrun's.
+
+    Raises:
+        UsageError: BR001, fewer than one, or both `workers` and torchrun.
+        WorkerLostError: BR501, the ranks do not come together.
+    """
+    if not under_torchrun():
+        if workers is not None and workers < 1:
+            raise UsageError(f"{workers} workers cannot do any work", hint="give 1 or more")
+        yield Launch(workers or 1, None)
+        return
+    from bridge.crew.torchrun import joined
+
+    with joined() as crew:
+        if workers is not None:
+            raise UsageError(
+                "workers and torchrun both say how many processes there are",
+                where=f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment",
+                hint="leave --workers away under torchrun; elsewhere, unset RANK and WORLD_SIZE",
+            )
+        yield Launch(crew.size, crew)
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several that torchrun, or the like, has started."""
+    size = os.environ.get("WORLD_SIZE", "")
+    return "RANK" in os.environ and size.isdigit() and int(size) > 1
+
+
+def processes_here(workers: int | None) -> int:
+    """How many processes of the crew share this machine's cores."""
+    if under_torchrun():
+        here = os.environ.get("LOCAL_WORLD_SIZE", "")
+        return max(1, int(here)) if here.isdigit() else 1
+    return workers or 1

@@ -1,0 +1,316 @@
+"""A crew on one machine: the command's own process leads, and starts the others.
+
+The others, the hands, are spawned, and each is joined to the lead by a pipe. A hand sends what it
+has to give (values, bytes done, an error); the lead answers each round of values with all of them.
+The lead ends its hands when it leaves, however it leaves; a hand ends itself when the lead is gone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Final, Literal
+
+from bridge.crew.interrupts import interrupts_held
+from bridge.crew.protocol import Brake, Value
+from bridge.errors import BridgeError, WorkerLostError
+from bridge.progress import Progress
+from bridge.transfer import Advance
+
+_Message = tuple[Literal["value", "advance", "error", "crash", "done"], Any]
+
+_REPORT_EVERY: Final = 0.1
+"""Seconds between two reports of bytes done."""
+_DEATH: Final = 5.0
+"""Seconds for a process whose pipe is closed to be gone."""
+
+
+@dataclass(slots=True)
+class _Hand:
+    """One of the other processes, as the lead sees it."""
+
+    rank: int
+    process: BaseProcess
+    connection: Connection
+    done: bool = False
+
+
+class LocalLead:
+    """Rank 0: starts the hands and hears from them in a thread of its own.
+
+    Args:
+        size: Processes, this one included.
+        function: What each hand runs, as `function(*args, crew=..., **kwargs)`; importable by name.
+        args: Picklable.
+        kwargs: Picklable.
+    """
+
+    rank: Final = 0
+
+    def __init__(
+        self,
+        size: int,
+        function: Callable[..., object],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.size = size
+        self.brake = Brake()
+        self._changed = threading.Condition()
+        self._values: dict[int, Any] = {}
+        self._failure: BaseException | None = None
+        self._advance: Advance | None = None
+        self._leaving = False
+        self._hands: list[_Hand] = []
+        try:
+            for rank in range(1, size):
+                self._hands.append(_start(rank, size, function, args, kwargs))
+        except BaseException:
+            self._end()
+            raise
+        self._listener = threading.Thread(target=self._listen, daemon=True, name="crew")
+        self._listener.start()
+
+    def gather(self, value: Value) -> list[Value]:
+        """See `Crew`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or len(self._values) == len(self._hands))
+            if self._failure is not None:
+                raise self._failure
+            values = [value, *(self._values[hand.rank] for hand in self._hands)]
+            self._values.clear()
+        for hand in self._hands:
+            with suppress(OSError):  # it has died since, and the listener says so
+                hand.connection.send(values)
+        return values
+
+    @contextmanager
+    def phase(self, progress: Progress, name: str, total: int) -> Iterator[Advance]:
+        """See `Crew`."""
+        with progress.phase(name, total) as advance:
+            self._advance = advance
+            try:
+                yield self.brake.on(advance)
+            finally:
+                self._advance = None
+
+    def settle(self, error: BaseException) -> BaseException:
+        """See `Crew`."""
+        self._leaving = True
+        self._end()
+        return error
+
+    def close(self) -> None:
+        """The work is done: let the hands leave by themselves, and see that they do."""
+        deadline = time.monotonic() + _DEATH
+        self._leaving = True
+        for hand in self._hands:
+            hand.process.join(max(0.0, deadline - time.monotonic()))
+        self._end()
+
+    def _end(self) -> None:
+        for hand in self._hands:
+            hand.process.kill()
+        for hand in self._hands:
+            hand.process.join()
+        self._hands.clear()
+
+    def _listen(self) -> None:
+        hands = {hand.connection: hand for hand in self._hands}
+        while hands:
+            for connection in multiprocessing.connection.wait(list(hands)):
+                hand = hands[connection]  # type: ignore[index]  # only connections are waited for
+                try:
+                    self._take(hand, hand.connection.recv())
+                except (EOFError, OSError):
+                    del hands[hand.connection]
+                    hand.connection.close()
+                    if not (hand.done or self._leaving):
+                        self._fail(_lost(hand, self.size))
+
+    def _take(self, hand: _Hand, message: _Message) -> None:
+        kind, content = message
+        if kind == "advance":
+            advance = self._advance
+            if advance is not None:
+                advance(content)
+        elif kind == "value":
+            with self._changed:
+                self._values[hand.rank] = content
+                self._changed.notify_all()
+        else:
+            hand.done = True
+            if kind == "error":
+                self._fail(content)
+            elif kind == "crash":
+                self._fail(RuntimeError(f"worker {hand.rank} of {self.size} failed:\n{content}"))
+
+    def _fail(self, error: BaseException) -> None:
+        self.brake.pull(error)
+        with self._changed:
+            self._failure = self._failure or error
+            self._changed.notify_all()
+
+
+class LocalHand:
+    """Any other rank of a crew on one machine."""
+
+    def __init__(self, rank: int, size: int, connection: Connection) -> None:
+        self.rank = rank
+        self.size = size
+        self.brake = Brake()
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._pending = 0
+        self._reported = 0.0
+
+    def send(self, kind: str, content: object = None) -> None:
+        """Tell the lead, after whatever bytes it has not heard of yet."""
+        with self._lock:
+            self._flush()
+            self._connection.send((kind, content))
+
+    def gather(self, value: Value) -> list[Value]:
+        """See `Crew`."""
+        self.send("value", value)
+        values: list[Value] = self._connection.recv()
+        return values
+
+    @contextmanager
+    def phase(self, progress: Progress, name: str, total: int) -> Iterator[Advance]:
+        """See `Crew`."""
+        del progress, name, total
+        yield self.brake.on(self._count)
+
+    def settle(self, error: BaseException) -> BaseException:
+        """See `Crew`. The lead is told when this process leaves."""
+        return error
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self._pending += nbytes
+            if time.monotonic() - self._reported >= _REPORT_EVERY:
+                self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._connection.send(("advance", self._pending))
+            self._pending = 0
+            self._reported = time.monotonic()
+
+
+@contextmanager
+def led(
+    size: int,
+    function: Callable[..., object],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Iterator[LocalLead]:
+    """A lead and its hands, which are gone when the block ends; see `LocalLead`."""
+    lead = LocalLead(size, function, args, kwargs)
+    try:
+        yield lead
+    except BaseException as error:
+        lead.settle(error)
+        raise
+    lead.close()
+
+
+def _start(
+    rank: int,
+    size: int,
+    function: Callable[..., object],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> _Hand:
+    context = multiprocessing.get_context("spawn")
+    resource_tracker.ensure_running()  # starting it lets go of the interrupts that are held below
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=_serve,
+        args=(theirs, rank, size, function, args, kwargs),
+        name=f"worker {rank}",
+        daemon=True,
+    )
+    with theirs, without_main(), interrupts_held():
+        process.start()
+    return _Hand(rank, process, ours)
+
+
+def _serve(
+    connection: Connection,
+    rank: int,
+    size: int,
+    function: Callable[..., object],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Be a hand: the whole life of its process."""
+    threading.Thread(target=_end_with_lead, daemon=True).start()
+    crew = LocalHand(rank, size, connection)
+    with suppress(OSError):  # the lead is gone, and so is everybody who could be told
+        try:
+            function(*args, crew=crew, **kwargs)
+        except BridgeError as error:
+            crew.send("error", error)
+        except Exception:  # noqa: BLE001 - the lead raises it, whatever it is
+            crew.send("crash", traceback.format_exc())
+        else:
+            crew.send("done")
+
+
+def _end_with_lead() -> None:
+    lead = multiprocessing.parent_process()
+    if lead is not None:
+        multiprocessing.connection.wait([lead.sentinel])
+        os._exit(1)  # in the middle of whatever the other threads do
+
+
+def _lost(hand: _Hand, size: int) -> WorkerLostError:
+    hand.process.join(_DEATH)
+    code = hand.process.exitcode
+    hint = "run it again; what is above may say why it ended"
+    if code is not None and code < 0:
+        try:
+            how = f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            how = f"was killed by signal {-code}"
+        if -code == signal.SIGKILL:
+            hint = (
+                "if nobody killed it, memory ran out: lower --workers or --memory-budget, and run "
+                "it again"
+            )
+    else:
+        how = "ended early" if code is None else f"ended with exit code {code}"
+    return WorkerLostError(
+        f"worker {hand.rank} of {size} {how}; the target was not created",
+        where=f"process {hand.process.pid}",
+        hint=hint,
+    )
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Keep multiprocessing from importing the user's `__main__` again in a process it starts.
+
+    A script without a `__main__` guard would otherwise start itself over and over.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main

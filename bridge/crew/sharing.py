@@ -1,0 +1,72 @@
+"""Dividing work over a crew, and the one directory that all of it goes to."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from bridge.crew.protocol import Crew
+from bridge.errors import WorkerLostError
+from bridge.storage.target import new_directory
+
+Item = TypeVar("Item")
+
+
+def share_of(crew: Crew, items: Sequence[Item], sizes: Sequence[int]) -> list[Item]:
+    """The items that this process works on, in their order; every process has others.
+
+    Args:
+        crew: Who divides.
+        items: All of them, the same on every process.
+        sizes: Bytes of each.
+    """
+    return [items[index] for index in balanced(sizes, crew.size)[crew.rank]]
+
+
+def balanced(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Deal indices out so that the shares' sums of `sizes` come out about equal.
+
+    The largest goes first, each to the smallest share so far; equal ones by index, so that the same
+    sizes always give the same shares. Each share is in ascending order; some may be empty.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    loads = [(0, number) for number in range(num_shares)]
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        load, number = heapq.heappop(loads)
+        shares[number].append(index)
+        heapq.heappush(loads, (load + sizes[index], number))
+    return [sorted(share) for share in shares]
+
+
+@contextmanager
+def shared_directory(target: Path, *, overwrite: bool, crew: Crew) -> Iterator[Path]:
+    """`new_directory` for a crew: rank 0 creates and places it, all fill it.
+
+    A failure of any process stops all of them before rank 0 removes what was built.
+
+    Raises:
+        TargetExistsError: BR304, the target exists and is not an empty directory.
+        CheckpointError: BR300, the system refuses.
+    """
+    found: Path | None = None
+    if crew.rank:
+        found = crew.gather(found)[0]
+        if found is None:
+            raise AssertionError("rank 0 has no directory")
+        yield found
+        crew.gather(None)  # the error, if placing it fails
+        return
+    with new_directory(target, overwrite=overwrite) as found:
+        try:
+            crew.gather(found)
+            yield found
+        except BaseException as error:
+            told = crew.settle(error)
+            if told is error:
+                raise
+            raise told from error
+    with suppress(WorkerLostError):  # whoever dies now takes nothing along: the target is complete
+        crew.gather(None)

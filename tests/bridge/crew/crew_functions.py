@@ -1,0 +1,127 @@
+"""What the processes of a crew run in tests; a module, so that other processes can import it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from bridge import conversion
+from bridge.convert import import_checkpoint
+from bridge.crew.protocol import Crew
+from bridge.errors import ConfigError
+from bridge.progress import Silent
+from bridge.transfer import write_files
+
+
+def squares(crew: Crew) -> list[int]:
+    """Everybody's rank squared, twice gathered."""
+    crew.gather("a round that must not be mixed up with the next")
+    return crew.gather(crew.rank**2)
+
+
+def pids(crew: Crew) -> list[int]:
+    """Of all processes."""
+    return crew.gather(os.getpid())
+
+
+def fail(rank: int, *, crew: Crew) -> None:
+    """One rank raises an error that users see; the others are busy."""
+    if crew.rank == rank:
+        raise ConfigError("it is wrong", where=f"rank {rank}", hint="mend it")
+    _be_busy(crew)
+    crew.gather(None)
+
+
+def _be_busy(crew: Crew) -> None:
+    """Half a minute of work."""
+    with crew.phase(Silent(), "work", 3000) as advance:
+        for _ in range(3000):
+            time.sleep(0.01)
+            advance(1)
+
+
+def crash(crew: Crew) -> None:
+    """Rank 1 has a bug."""
+    if crew.rank == 1:
+        raise ZeroDivisionError("a bug of ours")
+    crew.gather(None)
+
+
+def leave(how: int, *, crew: Crew) -> None:
+    """Rank 1 ends without a word: by a signal, or with an exit code when `how` is negative."""
+    if crew.rank == 1:
+        if how < 0:
+            os._exit(-how)
+        os.kill(os.getpid(), how)
+    crew.gather(None)
+
+
+def count(each: int, *, progress: Silent, crew: Crew) -> None:
+    """Every rank does three steps of `each` bytes."""
+    with crew.phase(progress, "count", 3 * each * crew.size) as advance:
+        for _ in range(3):
+            advance(each)
+        crew.gather(None)
+
+
+def work_on(where: Path, *, crew: Crew) -> None:
+    """Rank 1 dies while rank 0, who would wait for nobody, is busy."""
+    if crew.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    _be_busy(crew)
+    (where / "finished").touch()
+
+
+Writer = Callable[..., None]
+
+
+def _import(hf: Path, megatron: Path, crew: Crew, write: Callable[[Writer], Writer]) -> None:
+    """Convert at a cut that has four files, with another writer of files."""
+    with patch.object(conversion, "write_files", write(write_files)):
+        import_checkpoint(
+            hf, megatron, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, crew=crew
+        )
+
+
+def import_and_die(hf: Path, megatron: Path, *, doomed: int, crew: Crew) -> None:
+    """One rank is killed once it has written its files."""
+
+    def dying(write: Writer) -> Writer:
+        def written(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - a wrapper
+            write(*args, **kwargs)
+            if crew.rank == doomed:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return written
+
+    _import(hf, megatron, crew, dying)
+
+
+def import_and_hang(hf: Path, megatron: Path, *, pids: Path, crew: Crew) -> None:
+    """Every rank says its process id and waits in the middle of its files."""
+
+    def hanging(write: Writer) -> Writer:
+        def written(layouts: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - a wrapper
+            write(layouts[:1], *args, **kwargs)
+            (pids / f"{os.getpid()}").touch()
+            time.sleep(300)
+
+        return written
+
+    _import(hf, megatron, crew, hanging)
+
+
+def import_on_a_full_disk(hf: Path, megatron: Path, *, full: int, crew: Crew) -> None:
+    """The system refuses one rank to write more than 1000 bytes into a file."""
+    if crew.rank == full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    try:
+        _import(hf, megatron, crew, lambda write: write)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
