@@ -86,6 +86,14 @@ def property_(session: nox.Session) -> None:
 
 
 @nox.session
+def bench(session: nox.Session) -> None:
+    """Measure time and memory beside `cp` (everything, up to 8 GB: `-- --full`)."""
+    python = environment(session)
+    session.env.pop("OMP_NUM_THREADS")  # commands choose their threads as they do for a user
+    session.run(python, "-m", "harness", "bench", *session.posargs)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, types, spelling and import contracts."""
     python = environment(session)

@@ -1,0 +1,89 @@
+"""Time the oracle on one block with random weights, and NumPy's own float64 matmul beside it.
+
+python -m harness.benchmarks.trial_oracle CONFIG TOKENS REPEATS
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from harness.oracle import Mlp, block, read_config, rotary_angles
+
+
+def block_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Weights of layer 0 of a Llama, by name."""
+    hidden, width, channels = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries = config["num_attention_heads"] * channels
+    keys = config["num_key_value_heads"] * channels
+    return {
+        "model.layers.0.input_layernorm.weight": (hidden,),
+        "model.layers.0.self_attn.q_proj.weight": (queries, hidden),
+        "model.layers.0.self_attn.k_proj.weight": (keys, hidden),
+        "model.layers.0.self_attn.v_proj.weight": (keys, hidden),
+        "model.layers.0.self_attn.o_proj.weight": (hidden, queries),
+        "model.layers.0.post_attention_layernorm.weight": (hidden,),
+        "model.layers.0.mlp.gate_proj.weight": (width, hidden),
+        "model.layers.0.mlp.up_proj.weight": (width, hidden),
+        "model.layers.0.mlp.down_proj.weight": (hidden, width),
+    }
+
+
+def matmul_flops(parameters: int, tokens: int, attention_width: int) -> int:
+    """Of one block: two per parameter and token, and the full squares of scores and of mixing."""
+    return 2 * parameters * tokens + 4 * tokens * tokens * attention_width
+
+
+def main(config_path: Path, tokens: int, repeats: int) -> None:
+    """Print one JSON document."""
+    config = json.loads(config_path.read_text("utf-8"))
+    config["num_hidden_layers"] = 1
+    model, rng = read_config(config), np.random.default_rng(0)
+    shapes = block_shapes(config)
+    weights = {
+        name: rng.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
+        for name, shape in shapes.items()
+    }
+    hidden = rng.standard_normal((1, tokens, model.hidden_size))
+    angles = rotary_angles(model, np.arange(tokens)[None])
+    ffn = model.blocks[0][1]
+    if not isinstance(ffn, Mlp):
+        raise TypeError("the configuration's first block has no MLP")
+    matrix = rng.standard_normal((ffn.ffn_hidden_size, model.hidden_size))
+    # In turns, for the reason that conversions are.
+    ours, plain = [], []
+    for _ in range(repeats):
+        ours.append(_seconds(lambda: block(hidden, angles, weights.__getitem__, model, 0)))
+        plain.append(_seconds(lambda: hidden[0] @ matrix.T))
+    parameters = sum(array.size for array in weights.values())
+    flops = matmul_flops(parameters, tokens, model.num_attention_heads * model.kv_channels)
+    seconds, matmul = statistics.median(ours), statistics.median(plain)
+    sys.stdout.write(
+        json.dumps(
+            {
+                "samples": ours,
+                "tokens": tokens,
+                "parameters": parameters,
+                "token_parameters_per_second": tokens * parameters / seconds,
+                "gflop_per_second": flops / seconds / 1e9,
+                "matmul_gflop_per_second": 2 * tokens * matrix.size / matmul / 1e9,
+            }
+        )
+    )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
