@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bridge.pipeline import parse_layout, plan_layout
     from bridge.plan import Plan
     from bridge.spec import ModelSpec, ParallelLayout
+    from bridge.storage.remote import parse_location
     from bridge.transfer import TransferLimits
 
 __version__ = "0.1.0"
@@ -35,6 +36,7 @@ _HOME = {
     "load_hf": "bridge.model",
     "load_megatron": "bridge.model",
     "parse_layout": "bridge.pipeline",
+    "parse_location": "bridge.storage.remote",
     "plan_layout": "bridge.pipeline",
     "read_spec": "bridge.convert",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "load_hf",
     "load_megatron",
     "parse_layout",
+    "parse_location",
     "plan_layout",
     "read_spec",
 ]

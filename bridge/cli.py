@@ -23,6 +23,7 @@ from bridge.cli_options import (
     Overwrite,
     PpSize,
     Revision,
+    Staging,
     TpSize,
     TrustRemoteCode,
     Verify,
@@ -35,6 +36,7 @@ from bridge.cli_options import (
 from bridge.console import RichProgress, parse_size, print_json, stdout, table
 from bridge.errors import EnvironmentMissingError
 from bridge.render import print_description, print_report
+from bridge.storage.remote import Location, parse_location
 
 app = typer.Typer(
     name="nemotron-bridge",
@@ -68,8 +70,8 @@ full_verification: FullVerification | None = None
 
 def _verify_fully(
     verify: str,
-    hf: Path,
-    megatron: Path,
+    hf: Location,
+    megatron: Location,
     *,
     trust_remote_code: bool,
     carry: Collection[str] | None,
@@ -81,9 +83,13 @@ def _verify_fully(
         raise EnvironmentMissingError(
             "--verify full needs the harness", hint="run the nemotron-bridge command"
         )
-    full_verification(
-        hf, megatron, trust_remote_code=trust_remote_code, carry=carry or (), quiet=json_
-    )
+    from bridge.hub import OTHER_WEIGHTS, local_copy
+
+    # The ranks and the reference model read files of this machine only.
+    with local_copy(hf, without=OTHER_WEIGHTS) as ours, local_copy(megatron) as theirs:
+        full_verification(
+            ours, theirs, trust_remote_code=trust_remote_code, carry=carry or (), quiet=json_
+        )
 
 
 def _version(wanted: bool) -> None:
@@ -214,7 +220,9 @@ def _matches(line: str, pattern: str | None) -> bool:
 @app.command("import")
 def import_(
     hf_model: HfModel,
-    megatron_path: Annotated[Path, typer.Option("--megatron-path", help="Directory to create.")],
+    megatron_path: Annotated[
+        str, typer.Option("--megatron-path", help="Directory or URL to create.")
+    ],
     tp: TpSize = 1,
     pp: PpSize = 1,
     divisor: VocabDivisor = 128,
@@ -223,6 +231,7 @@ def import_(
     memory_budget: MemoryBudget = "1GiB",
     workers: Workers = None,
     overwrite: Overwrite = False,
+    staging: Staging = None,
     revision: Revision = None,
     carry: CarryField = None,
     json_: Json = False,
@@ -235,33 +244,40 @@ def import_(
     from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
+    megatron = parse_location(megatron_path)
     with crew_of(workers) as crew:
         hf = resolve_model(hf_model, weights=True, revision=revision)
         report = crew.run(
             import_checkpoint,
             hf,
-            megatron_path,
+            megatron,
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             make_vocab_size_divisible_by=divisor,
             options=conversion_options(
-                verify, memory_budget, workers, overwrite=overwrite, carry=carry
+                verify,
+                memory_budget,
+                workers,
+                overwrite=overwrite,
+                carry=carry,
+                staging=staging,
             ),
         )
     if crew.rank:
         return
     print_report(report.to_dict(), json_=json_)
     _verify_fully(
-        verify, hf, megatron_path, trust_remote_code=trust_remote_code, carry=carry, json_=json_
+        verify, hf, megatron, trust_remote_code=trust_remote_code, carry=carry, json_=json_
     )
 
 
 @app.command("export")
 def export(
     megatron_path: Annotated[
-        Path, typer.Option("--megatron-path", help="Checkpoint root or iteration directory.")
+        str,
+        typer.Option("--megatron-path", help="Checkpoint root or iteration directory, or URL."),
     ],
-    hf_path: Annotated[Path, typer.Option("--hf-path", help="Directory to create.")],
+    hf_path: Annotated[str, typer.Option("--hf-path", help="Directory or URL to create.")],
     hf_model: Annotated[
         str | None,
         typer.Option(
@@ -276,6 +292,7 @@ def export(
     memory_budget: MemoryBudget = "1GiB",
     workers: Workers = None,
     overwrite: Overwrite = False,
+    staging: Staging = None,
     revision: Revision = None,
     carry: CarryField = None,
     json_: Json = False,
@@ -288,18 +305,24 @@ def export(
     from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
+    megatron, hf = parse_location(megatron_path), parse_location(hf_path)
     with crew_of(workers) as crew:
         resolved = None
         if hf_model is not None:
             resolved = resolve_model(hf_model, weights=False, revision=revision)
         report = crew.run(
             export_checkpoint,
-            megatron_path,
-            hf_path,
+            megatron,
+            hf,
             hf_model=resolved,
             max_shard_size=parse_size(max_shard_size),
             options=conversion_options(
-                verify, memory_budget, workers, overwrite=overwrite, carry=carry
+                verify,
+                memory_budget,
+                workers,
+                overwrite=overwrite,
+                carry=carry,
+                staging=staging,
             ),
         )
     if crew.rank:
@@ -307,8 +330,8 @@ def export(
     print_report(report.to_dict(), json_=json_)
     _verify_fully(
         verify,
-        hf_path,
-        megatron_path,
+        hf,
+        megatron,
         trust_remote_code=trust_remote_code,
         carry=carry,
         json_=json_,
@@ -317,13 +340,16 @@ def export(
 
 @app.command()
 def synthesize(
-    config: Annotated[Path, typer.Option("--config", help="config.json, or its directory.")],
-    hf_path: Annotated[Path, typer.Option("--hf-path", help="Directory to create.")],
+    config: Annotated[
+        str, typer.Option("--config", help="config.json, or its directory, or a URL of either.")
+    ],
+    hf_path: Annotated[str, typer.Option("--hf-path", help="Directory or URL to create.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which weights.")] = 0,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Per file.")] = "5GB",
     memory_budget: MemoryBudget = "1GiB",
     workers: Workers = None,
     overwrite: Overwrite = False,
+    staging: Staging = None,
     json_: Json = False,
 ) -> None:
     """Write a checkpoint of any configuration with pseudo-random weights, for trials and tests."""
@@ -334,13 +360,14 @@ def synthesize(
     with crew_of(workers) as crew:
         nbytes = crew.run(
             write,
-            config,
-            hf_path,
+            parse_location(config),
+            parse_location(hf_path),
             seed=seed,
             max_shard_size=parse_size(max_shard_size),
             limits=transfer_limits(memory_budget, workers),
             progress=RichProgress(),
             overwrite=overwrite,
+            staging=staging,
         )
     if crew.rank:
         return

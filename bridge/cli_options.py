@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="M", help="Checkpoint directory, config.json, or Hub id such as nvidia/NAME."
+        metavar="M", help="Checkpoint directory, config.json, URL, or Hub id such as nvidia/NAME."
     ),
 ]
-HfModel = Annotated[str, typer.Option("--hf-model", help="Checkpoint directory or Hub id.")]
+HfModel = Annotated[str, typer.Option("--hf-model", help="Checkpoint directory, URL or Hub id.")]
 TpSize = Annotated[
     int, typer.Option("--tensor-model-parallel-size", "--tp", min=1, help="TP size.")
 ]
@@ -65,6 +66,13 @@ Workers = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing target once the new one is done.")
 ]
+Staging = Annotated[
+    Path | None,
+    typer.Option(
+        "--staging", show_default="TMPDIR",
+        help="For a target behind a URL: where each file is built before its upload.",
+    ),
+]  # fmt: skip
 CarryField = Annotated[
     list[str] | None,
     typer.Option("--carry-field", help="Let an unknown configuration field through. Repeatable."),
@@ -116,6 +124,7 @@ def conversion_options(
     *,
     overwrite: bool,
     carry: Collection[str] | None,
+    staging: Path | None,
 ) -> ConversionOptions:
     """What `import` and `export` do alike."""
     from bridge.conversion import ConversionOptions
@@ -126,4 +135,5 @@ def conversion_options(
         overwrite=overwrite,
         carry=carry or (),
         progress=RichProgress(),
+        staging=staging,
     )

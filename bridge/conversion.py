@@ -16,10 +16,12 @@ from bridge.crew.sharing import share_of
 from bridge.errors import VerificationError
 from bridge.plan import Plan
 from bridge.progress import Progress, Silent
+from bridge.storage.new_checkpoint import NewCheckpoint
+from bridge.storage.remote import Location
 from bridge.storage.safetensors import total_nbytes
 from bridge.storage.source import FileLayout, TensorInfo, TensorSource
 from bridge.tiling import Tiling
-from bridge.transfer import Digest, TransferLimits, compare, write_files
+from bridge.transfer import Digest, TransferLimits, compare
 
 Verify = Literal["auto", "none"]
 
@@ -34,6 +36,8 @@ class ConversionOptions:
         overwrite: Replace an existing target, once the new one is complete and verified.
         carry: Unknown configuration fields to carry along by the caller's word.
         progress: Who watches.
+        staging: Where files are built before their upload, for a target behind a URL; None takes
+            the system's temporary directory.
     """
 
     limits: TransferLimits = field(default_factory=TransferLimits)
@@ -41,6 +45,7 @@ class ConversionOptions:
     overwrite: bool = False
     carry: Collection[str] = ()
     progress: Progress = field(default_factory=Silent)
+    staging: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +85,8 @@ class ConversionJob:
     """
 
     direction: Literal["hf_to_mcore", "mcore_to_hf"]
-    source_path: Path
-    target_path: Path
+    source_path: Location
+    target_path: Location
     plan: Plan
     options: ConversionOptions
     crew: Crew
@@ -92,18 +97,17 @@ class ConversionJob:
     def write(
         self,
         layouts: Sequence[FileLayout],
-        directory: Path,
+        new: NewCheckpoint,
         source: TensorSource,
         tilings: Mapping[str, Tiling],
     ) -> None:
         """Stream the weights into their files; all of them are complete when it returns."""
-        sizes = [sum(payload.nbytes for payload in layout.payloads) for layout in layouts]
+        sizes = [layout.payload_nbytes for layout in layouts]
+        effort = sum(map(new.effort, layouts))
         mine = share_of(self.crew, layouts, sizes)
         started = time.perf_counter()
-        with self.crew.phase(self.options.progress, "convert", sum(sizes)) as advance:
-            write_files(
-                mine, directory, source, tilings, limits=self.options.limits, advance=advance
-            )
+        with self.crew.phase(self.options.progress, "convert", effort) as advance:
+            new.write_files(mine, source, tilings, limits=self.options.limits, advance=advance)
             self.peak_rss = sum(self.crew.gather(_peak_rss()))
         self.convert_seconds = time.perf_counter() - started
 

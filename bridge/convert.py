@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 from bridge import __version__
 from bridge.agreement import check_agreement
 from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
 from bridge.crew.protocol import Alone, Crew
-from bridge.crew.sharing import shared_directory
+from bridge.crew.sharing import shared_checkpoint
 from bridge.errors import ConfigError, VerificationError
 from bridge.hf_config import hf_config_from_spec, load_hf_config, spec_from_hf_config
 from bridge.megatron_args import checkpoint_args, megatron_lm_flags, spec_from_checkpoint_args
@@ -32,6 +31,8 @@ from bridge.record import (
 )
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
+from bridge.storage.new_checkpoint import NewCheckpoint
+from bridge.storage.remote import Location
 from bridge.storage.safetensors import (
     INDEX_NAME,
     SafetensorsSource,
@@ -43,16 +44,18 @@ from bridge.storage.target import (
     read_small_file,
     refuse_overlap,
     side_files,
-    write_small_file,
 )
+from bridge.storage.torch_dist_config import TRACKER_NAME
+from bridge.storage.torch_dist_write import iteration_directory
 
 DEFAULT_MAX_SHARD_SIZE: Final = 5_000_000_000
+CONFIG_NAME: Final = "config.json"
 _IMPORTED_ITERATION: Final = 0
 
 
 def import_checkpoint(
-    hf: Path,
-    megatron: Path,
+    hf: Location,
+    megatron: Location,
     *,
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
@@ -118,30 +121,38 @@ def import_checkpoint(
         )
         job = ConversionJob("hf_to_mcore", hf, megatron, plan, options, crew)
         names, left = side_files(hf)
-        with shared_directory(megatron, overwrite=options.overwrite, crew=crew) as directory:
-            job.write(files.files, directory, source, plan.hf_to_mcore)
+        with shared_checkpoint(
+            megatron,
+            overwrite=options.overwrite,
+            staging=options.staging,
+            last=(TRACKER_NAME,),
+            crew=crew,
+        ) as new:
+            job.write(files.files, new, source, plan.hf_to_mcore)
             if crew.rank == 0:
                 for name, data in files.small_files.items():
-                    write_small_file(directory, name, data)
-                side = _carry(hf, names, directory / SIDE_DIRECTORY)
+                    new.write_small_file(name, data)
+                side = _carry(hf, names, new, below=f"{SIDE_DIRECTORY}/")
                 record = replace(record, side_file_sha256=side)
             crew.gather(None)  # the checkpoint can be opened now
+            # The tracker that names the iteration may not be there yet.
+            directory = new.written() / iteration_directory(_IMPORTED_ITERATION)
             with MegatronSource(directory) as written:
                 digests = job.verify(source, written)
                 job.verify_padding(written)
             if crew.rank == 0:
                 record = replace(record, tensor_sha256=digests)
-                write_small_file(directory, RECORD_NAME, record.to_json())
+                new.write_small_file(RECORD_NAME, record.to_json())
         left = [name for name in left if name not in source.headers and name != INDEX_NAME]
         notes = _import_notes(stored) + [f"not carried: {name}" for name in left]
         return job.report(source.tensors, plan.hf_to_mcore, digests, notes)
 
 
 def export_checkpoint(
-    megatron: Path,
-    hf: Path,
+    megatron: Location,
+    hf: Location,
     *,
-    hf_model: Path | None = None,
+    hf_model: Location | None = None,
     max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
     options: ConversionOptions | None = None,
     crew: Crew | None = None,
@@ -183,23 +194,30 @@ def export_checkpoint(
         }
         layouts, index = _hf_layouts(tensors, record, max_shard_size, where=str(source.root))
         job = ConversionJob("mcore_to_hf", megatron, hf, plan, options, crew)
-        with shared_directory(hf, overwrite=options.overwrite, crew=crew) as directory:
-            job.write(layouts, directory, source, plan.mcore_to_hf)
+        with shared_checkpoint(
+            hf,
+            overwrite=options.overwrite,
+            staging=options.staging,
+            last=(INDEX_NAME, CONFIG_NAME),
+            crew=crew,
+        ) as new:
+            job.write(layouts, new, source, plan.mcore_to_hf)
             if crew.rank == 0:
                 if index is not None:
-                    write_small_file(directory, INDEX_NAME, index)
-                _write_side_files(directory, side_source, spec, record)
+                    new.write_small_file(INDEX_NAME, index)
+                _write_side_files(new, side_source, spec, record)
             crew.gather(None)  # the checkpoint can be opened now
-            with SafetensorsSource(directory) as written:
+            names = [layout.path for layout in layouts]
+            with SafetensorsSource(new.written(), files=names) as written:
                 digests = job.verify(written, source)
             if record is not None and record.iteration == source.iteration:
                 notes += _check_unchanged(record, digests)
         return job.report(source.tensors, plan.mcore_to_hf, digests, notes)
 
 
-def read_spec(model: Path, *, carry: Collection[str] = ()) -> ModelSpec:
+def read_spec(model: Location, *, carry: Collection[str] = ()) -> ModelSpec:
     """The model described by a checkpoint directory's, or a bare, `config.json`."""
-    file = model / "config.json" if model.is_dir() else model
+    file = model / CONFIG_NAME if model.is_dir() else model
     return spec_from_hf_config(load_hf_config(model), where=str(file), carry=carry)
 
 
@@ -219,28 +237,30 @@ def _import_notes(spec: ModelSpec) -> list[str]:
     return [f"Megatron-LM: --load P --use-checkpoint-args {flags}"]
 
 
-def _carry(source: Path, names: Iterable[str], target: Path) -> dict[str, str]:
+def _carry(
+    source: Location, names: Iterable[str], target: NewCheckpoint, *, below: str = ""
+) -> dict[str, str]:
     """Copy side files byte for byte; their sha256 by name."""
     found = {}
     for name in names:
         data = read_small_file(source / name)
-        write_small_file(target, name, data)
+        target.write_small_file(f"{below}{name}", data)
         found[name] = sha256_of(data)
     return found
 
 
 def _write_side_files(
-    directory: Path, source: Path | None, spec: ModelSpec, record: SourceRecord | None
+    new: NewCheckpoint, source: Location | None, spec: ModelSpec, record: SourceRecord | None
 ) -> None:
     """What an export holds besides weights: of a directory, a bare config, or made from `spec`."""
     if source is None:
         config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
-        write_small_file(directory, "config.json", config)
+        new.write_small_file(CONFIG_NAME, config)
     elif source.is_dir():
-        carried = _carry(source, side_files(source)[0], directory)
+        carried = _carry(source, side_files(source)[0], new)
         _check_side_files(record, carried, source)
     else:
-        write_small_file(directory, "config.json", read_small_file(source))
+        new.write_small_file(CONFIG_NAME, read_small_file(source))
 
 
 def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[str]:
@@ -259,7 +279,7 @@ def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[s
 
 
 def _check_side_files(
-    record: SourceRecord | None, carried: Mapping[str, str], directory: Path
+    record: SourceRecord | None, carried: Mapping[str, str], directory: Location
 ) -> None:
     if record is None:
         return
@@ -277,8 +297,8 @@ def _check_side_files(
 
 
 def _export_spec(
-    source: MegatronSource, hf_model: Path | None, carry: Collection[str]
-) -> tuple[ModelSpec, Path | None, list[str]]:
+    source: MegatronSource, hf_model: Location | None, carry: Collection[str]
+) -> tuple[ModelSpec, Location | None, list[str]]:
     """The model to export, where its side files (or bare config) are, and what to tell."""
     notes = [f"ignored: {what}" for what in source.ignored]
     kept = source.root / SIDE_DIRECTORY

@@ -9,7 +9,7 @@ import numpy as np
 
 from bridge.errors import BridgeError
 from harness import block_states, live, localize
-from harness.block_states import Witnesses
+from harness.block_states import BlockJudgement, Witnesses
 from harness.compare import oracle_weights
 from harness.detached import DetachedReference
 from harness.errors import ReferenceUnavailableError
@@ -237,6 +237,13 @@ class Bench(Workbench):
             return found[0]
 
         return self._once("logits", request, probe.name, make=compute, spoilt=self.spoils_ranks)
+
+    def block_judgements(self, case: Case) -> list[BlockJudgement]:
+        """The embedding and every block of Megatron on the case's probe, judged."""
+        return block_states.judge_blocks(
+            self.block_states(case), self.witnesses(case),
+            dtype=case.dtype, thresholds=self.thresholds,
+        )  # fmt: skip
 
     def localisation(self, case: Case) -> Localisation:
         """Where and why the case's model goes wrong, on its layout and probe."""

@@ -169,30 +169,84 @@ def judge_blocks(
 def _judge(
     layer_idx: int, found: Gathered, by: Witnesses, *, dtype: str, thresholds: Thresholds
 ) -> BlockJudgement:
-    entry, unit = layer_idx + 1, ulp_of_one(dtype)
+    entry = layer_idx + 1
+    # The embedding is given ids, so free and forced are one.
+    forced = found.free if layer_idx == EMBEDDING else found.forced
+    return judge_block(
+        layer_idx,
+        kind_of(by.model, layer_idx),
+        reference=by.reference[entry],
+        forced=(forced.get(layer_idx, []), by.forced[entry]),
+        free=(found.free.get(layer_idx, []), by.free[entry]),
+        dtype=dtype,
+        thresholds=thresholds,
+    )
+
+
+def judge_block(
+    layer_idx: int,
+    kind: str,
+    *,
+    reference: Array,
+    forced: tuple[Sequence[tuple[int, Array]], Array],
+    free: tuple[Sequence[tuple[int, Array]], Array],
+    dtype: str,
+    thresholds: Thresholds,
+) -> BlockJudgement:
+    """Judge the state after one block; one that no rank has run fails.
+
+    Args:
+        layer_idx: From 0; -1 is the embedding.
+        kind: What it consists of.
+        reference: The reference's state, (batch, seq, hidden_size).
+        forced: What Megatron makes of the reference's state before it, by TP rank where they
+            differ, and what the oracle does.
+        free: The same of each one's own state.
+        dtype: What the models compute in.
+        thresholds: Limits.
+    """
+    on_forced, on_free = (thresholds.get(name, dtype) for name in (FORCED_EXCESS, FREE_EXCESS))
+    tp_rank, found = _worst(forced[0], reference, forced[1], on_forced)
+    return judgement_of(
+        layer_idx,
+        kind,
+        found,
+        _worst(free[0], reference, free[1], on_free)[1],
+        dtype=dtype,
+        thresholds=thresholds,
+        tp_rank=tp_rank if len(forced[0]) > 1 else None,
+    )
+
+
+def judgement_of(
+    layer_idx: int,
+    kind: str,
+    forced: Excess,
+    free: Excess,
+    *,
+    dtype: str,
+    thresholds: Thresholds,
+    tp_rank: int | None = None,
+) -> BlockJudgement:
+    """The verdicts on what was measured of a block; arguments are those of `BlockJudgement`."""
     on_forced, on_free, on_reference = (
         thresholds.get(name, dtype) for name in (FORCED_EXCESS, FREE_EXCESS, REFERENCE_ERROR)
     )
-    reference = by.reference[entry]
-    # The embedding is given ids, so free and forced are one.
-    forced_by = found.free if layer_idx == EMBEDDING else found.forced
-    tp_rank, forced = _worst(forced_by.get(layer_idx, []), reference, by.forced[entry], on_forced)
-    _, free = _worst(found.free.get(layer_idx, []), reference, by.free[entry], on_free)
-    candidate_ulp = forced.candidate_error / forced.scale / unit
+    unit = ulp_of_one(dtype)
     reference_ulp = forced.reference_error / forced.scale / unit
     return BlockJudgement(
         layer_idx=layer_idx,
-        kind=kind_of(by.model, layer_idx),
+        kind=kind,
         forced=forced,
         free=free,
         reference_ulp=reference_ulp,
-        candidate_ulp=candidate_ulp,
+        candidate_ulp=forced.candidate_error / forced.scale / unit,
         verdicts=(
             on_reference.verdict(reference_ulp, problems=forced.problems),
             on_forced.verdict(forced.value, problems=forced.problems),
             on_free.verdict(free.value, problems=free.problems),
         ),
-        tp_rank=tp_rank if len(forced_by.get(layer_idx, [])) > 1 else None,
+        tp_rank=tp_rank,
     )
 
 

@@ -20,13 +20,12 @@ import bridge.cli
 from bridge.cli import app
 from bridge.cli_options import (
     CarryField,
-    HfModel,
     Json,
     Revision,
     TrustRemoteCode,
 )
 from bridge.errors import BridgeError, LayoutError, UsageError
-from harness import cli_diff, cli_faults, cli_golden, cli_replay
+from harness import cli_bench, cli_diff, cli_faults, cli_golden, cli_replay, cli_stream
 from harness.cli_run import Format, Report, Resume, finish, print_ids, run_and_report
 from harness.cli_tools import DeviceName, DtypeName, Timeout
 
@@ -41,18 +40,25 @@ Select = Annotated[
 ListOnly = Annotated[
     bool, typer.Option("--list", "--dry-run", help="Print the ids of the cases; run nothing.")
 ]
-_COMMANDS = (cli_diff, cli_faults, cli_golden, cli_replay)
+_COMMANDS = (cli_bench, cli_diff, cli_faults, cli_golden, cli_replay)
 """Modules that add commands of their own."""
 _DEFAULT_LAYOUTS = ("tp1-pp1", "tp2-pp1", "tp1-pp2")
 
 
 @app.command()
 def verify(
-    hf_model: HfModel,
+    hf_model: Annotated[
+        str | None, typer.Option("--hf-model", help="Checkpoint directory or Hub id.")
+    ] = None,
     megatron_path: Annotated[
         Path | None,
         typer.Option("--megatron-path", help="A Megatron checkpoint to hold against it."),
     ] = None,
+    config: cli_stream.Config = None,
+    seed: cli_stream.Seed = 0,
+    stream: cli_stream.Stream = None,
+    blocks: cli_stream.StreamedBlocks = None,
+    memory_budget: cli_stream.StreamBudget = "4GiB",
     layouts: Annotated[
         str | None,
         typer.Option(
@@ -98,9 +104,11 @@ def verify(
     Without --megatron-path the checkpoint is converted there and back and compared; with it, that
     checkpoint is compared bit by bit and is what the ranks load. With --reference-logits the
     reference model need not run here; what needs the model itself is then left out, and said so.
+
+    A model that does not fit into memory is streamed: configuration, logits and blocks are proved
+    block by block, at real size, with its own weights or, with --config, with pseudo-random ones.
     """
     from bridge.convert import read_spec
-    from bridge.hub import resolve_model
     from harness.runner import NO_REFERENCE
     from harness.suite import select as select_cases
     from harness.verification import (
@@ -111,11 +119,26 @@ def verify(
     )
 
     wanted = checks_named(checks)
-    path = resolve_model(hf_model, weights=True, revision=revision)
+    streaming = cli_stream.StreamOptions(
+        config=config, seed=seed, stream=stream, blocks=blocks, memory_budget=memory_budget
+    )
+    path = cli_stream.resolved(hf_model, streaming, revision)
     spec = read_spec(path, carry=carry or ())
-    names = _layout_names(spec, layouts)
-    _account_for(path, megatron_path, carry=carry or ())
+    odd = cli_stream.unstreamable(
+        layouts=layouts, trust_remote_code=trust_remote_code, reference_logits=reference_logits
+    )
+    is_streamed = cli_stream.is_streamed(
+        streaming, spec, dtype=dtype, device=device, wants_whole=bool(odd)
+    )
+    if is_streamed:
+        cli_stream.refuse(odd)
+        wanted = cli_stream.answered(wanted)
+    names = (cli_stream.LAYOUT,) if is_streamed else _layout_names(spec, layouts)
+    if config is None:
+        _account_for(path, megatron_path, carry=carry or ())
     subject = _subject(path, megatron_path, trust_remote_code=trust_remote_code, carry=carry or ())
+    if is_streamed:
+        subject = cli_stream.with_streaming(subject, streaming)
     if input_ is not None:
         subject = with_input(subject, input_, spec)
     cases = verification_cases(
@@ -133,6 +156,7 @@ def verify(
             chosen, {subject.name: subject}, timeout=timeout, report_dir=report, resume=resume,
             form="json" if json_ else form,
             allow_not_run=(NO_REFERENCE,) if reference_logits else (),
+            make_bench=cli_stream.bench_of(streaming, report, resume) if is_streamed else None,
         )
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import datetime as dt
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -71,6 +71,7 @@ def run_and_report(
     resume: bool = False,
     allow_not_run: Collection[str] = (),
     on_stderr: bool = False,
+    make_bench: Callable[..., Bench] | None = None,
 ) -> RunReport:
     """Run cases, print the outcome, and leave every report in a directory, if there is one.
 
@@ -84,6 +85,7 @@ def run_and_report(
         resume: Go on with the run that `report_dir` holds.
         allow_not_run: Reasons for which a case may be left out.
         on_stderr: Print text there: stdout belongs to somebody else.
+        make_bench: Of `Bench`'s arguments; None for a `Bench`.
 
     Raises:
         UsageError: BR001, a run to resume without its directory.
@@ -124,7 +126,7 @@ def run_and_report(
             started = journal.earlier.started
         workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="nemotron-bridge-"))
         bench = stack.enter_context(
-            Bench(
+            (make_bench or Bench)(
                 Path(workdir),
                 subjects=subjects,
                 timeout=timeout,
@@ -172,6 +174,8 @@ def _run(
     before = 0.0 if journal is None else journal.earlier.seconds
     left = [case for case in cases if case.id not in earlier]
     began = time.monotonic()
+    bench.prepare(left)
+    prepared = time.monotonic() - began
     with CaseProgress(len(left)) as progress:
 
         def on_result(result: Result) -> None:
@@ -184,7 +188,7 @@ def _run(
     results = earlier | {result.case.id: result for result in fresh.results}
     return RunReport(
         results=[results[case.id] for case in in_running_order(cases)],
-        seconds=before + fresh.seconds,
+        seconds=before + prepared + fresh.seconds,
         allowed_not_run=set(allow_not_run),
     )
 

@@ -108,7 +108,7 @@ def logits(
     says what it was made from, so that `verify --reference-logits` can hold a conversion to it.
     """
     from bridge.console import print_json
-    from bridge.hub import resolve_model
+    from bridge.hub import resolve_here
     from harness.detached import write_reference
     from harness.logits_file import (
         ProbeName,
@@ -136,7 +136,7 @@ def logits(
     check_output(output)
     path = None
     if hf_model is not None:
-        path = resolve_model(hf_model, weights=megatron_path is None, revision=revision)
+        path = resolve_here(hf_model, weights=megatron_path is None, revision=revision)
     if megatron_path is not None:
         found = compute_megatron(
             megatron_path, given, hf_model=path, tp=tp, pp=pp, vp=vp, dtype=dtype, device=device,

@@ -207,7 +207,7 @@ def _in_reference(case: Case, bench: Bench, by: Witnesses, layer_idx: int) -> Lo
         if weights:
             return Localisation(side=side, places=(*places, *weights), block=layer_idx,
                                 cause="reference-weights")  # fmt: skip
-    return _answer(side, places, layer_idx, best)
+    return answer(side, places, layer_idx, best)
 
 
 def _in_sums(case: Case, bench: Bench, by: Witnesses) -> Localisation:
@@ -225,7 +225,7 @@ def _in_sums(case: Case, bench: Bench, by: Witnesses) -> Localisation:
             return Localisation(side="megatron", places=nowhere, block=one.layer_idx)
         state = next((state for rank, state in held if rank == one.tp_rank), held[0][1])
         best = _suspects(case, bench, by, one.layer_idx, state)
-        return _answer("megatron", [*all_right, where], one.layer_idx, best)
+        return answer("megatron", [*all_right, where], one.layer_idx, best)
     head = judge_logits(
         found.logits, by.reference_logits, by.forced_logits,
         dtype=case.dtype, thresholds=bench.thresholds,
@@ -234,7 +234,7 @@ def _in_sums(case: Case, bench: Bench, by: Witnesses) -> Localisation:
         layer_idx = len(by.model.blocks)
         best = _suspects(case, bench, by, layer_idx, found.logits)
         where = "the final norm and the output layer compute wrong from a right input"
-        return _answer("megatron", [*all_right, where], layer_idx, best)
+        return answer("megatron", [*all_right, where], layer_idx, best)
     places = [*all_right, "every block computes right from a right input", *_between(found)]
     return Localisation(side="megatron" if len(places) > 2 else "", places=tuple(places))
 
@@ -256,7 +256,7 @@ def _suspects(
     probe = bench.probe(case)
     setup = Setup(
         model=by.model,
-        weight=_remembered(bench.oracle_weight(case)),
+        weight=remembered(bench.oracle_weight(case)),
         layer_idx=layer_idx,
         hidden=by.reference[max(layer_idx, 0)].astype(np.float64),
         input_ids=probe.input_ids,
@@ -266,7 +266,7 @@ def _suspects(
     return suspects(setup, computed.astype(np.float64))
 
 
-def _remembered(weight: oracle.Weight) -> oracle.Weight:
+def remembered(weight: oracle.Weight) -> oracle.Weight:
     """Small weights are read once for all mistakes; large ones every time, a few rows at once."""
     kept: dict[str, oracle.Rows] = {}
 
@@ -280,7 +280,8 @@ def _remembered(weight: oracle.Weight) -> oracle.Weight:
     return find
 
 
-def _answer(side: str, places: list[str], layer_idx: int, best: list[Suspect]) -> Localisation:
+def answer(side: str, places: list[str], layer_idx: int, best: list[Suspect]) -> Localisation:
+    """Whose sums are wrong and where; the suspect is named if it explains enough of the error."""
     convincing = best and best[0].explains >= _CONVINCING
     if convincing:
         top = best[0]

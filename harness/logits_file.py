@@ -27,6 +27,7 @@ from bridge.platform import describe
 from bridge.record import SIDE_DIRECTORY, read_record
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
+from bridge.storage.remote import Location
 from bridge.storage.safetensors import SafetensorsSource
 from harness import live
 from harness.detached import DetachedReference, Provenance
@@ -298,7 +299,7 @@ def compute_megatron(
     )
 
 
-def _configuration(megatron: Path, hf_model: Path | None) -> Path | None:
+def _configuration(megatron: Path, hf_model: Path | None) -> Location | None:
     """The configuration that goes with a Megatron checkpoint, if any: given, or kept at import."""
     if hf_model is not None:
         return hf_model

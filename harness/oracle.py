@@ -42,8 +42,8 @@ class Rows(Protocol):
 Weight = Callable[[str], Rows]
 Capture = Callable[[int, Array], None]
 
-_ELEMENTS_AT_ONCE: Final = 1 << 23
-"""Rows of a matrix are converted to float64 in pieces of at most 64 MiB."""
+_ELEMENTS_AT_ONCE: Final = 1 << 20
+"""Rows of a matrix are converted to float64 in pieces of at most 8 MiB, which caches hold."""
 
 
 # --------------------------------------------------------------------------------------

@@ -185,14 +185,14 @@ _CASE: Final = pytest.StashKey[tuple[Any, Any]]()
 
 def _subject(bench: Bench, hf: str | Path, megatron: str | Path | None, beside: Path) -> str:
     """Make a checkpoint known to the bench; its name there."""
-    from bridge.hub import resolve_model
+    from bridge.hub import resolve_here
     from harness.bench import Subject
 
     text = str(hf)
     if text.startswith("toy:"):
         return bench.subject(text.removeprefix("toy:")).name
     near = beside / text  # a relative path is the test file's neighbour, or the working directory's
-    path = near if near.is_dir() else resolve_model(text, weights=True)
+    path = near if near.is_dir() else resolve_here(text, weights=True)
     twin = None
     if megatron is not None:
         twin = beside / megatron if (beside / megatron).is_dir() else Path(megatron)

@@ -132,7 +132,7 @@ def run_cases(
     started = time.monotonic()
     ordered = in_running_order(cases)
     if any(case.device == "cpu" and _group(case) is not None for case in ordered):
-        bench.pool("cpu").warm_up()  # Megatron-Core is imported while other cases run
+        bench.warm_up("cpu")  # Megatron-Core is imported while other cases run
     results = []
     for case in ordered:
         result = run_case(case, bench)

@@ -6,7 +6,7 @@ own inputs, and a whole suite converts each model once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self, TypeVar
@@ -49,6 +49,8 @@ class Subject:
         input: A file of tokens that is the probe `input`.
         references: Probe to logits that were computed elsewhere, in the dtype of the run. With any
             of them, a reference model that cannot be run here is no error.
+        seed: Of synthetic weights, where `hf` is a configuration alone; see `harness.streaming`.
+        blocks: The blocks that are streamed; None for all of them.
     """
 
     name: str
@@ -58,6 +60,8 @@ class Subject:
     carry: tuple[str, ...] = ()
     input: Path | None = None
     references: Mapping[str, DetachedReference] = field(default_factory=dict, compare=False)
+    seed: int = 0
+    blocks: tuple[int, ...] | None = None
 
 
 class Workbench:
@@ -206,6 +210,10 @@ class Workbench:
         """The case's layout, or another by name, for the case's model."""
         return resolve_layout(name or case.layout or BASE_LAYOUT, self.spec(case))
 
+    def stored_sizes(self, case: Case) -> list[int]:
+        """Elements of each tensor that the case's checkpoint holds."""
+        return list(coded.codes_of(self.checkpoint(case)).sizes())
+
     # Conversions
 
     def converted(self, case: Case, *, layout: str = BASE_LAYOUT) -> Path:
@@ -338,6 +346,13 @@ class Workbench:
     ) -> list[Any]:
         """Run a function on the ranks of a layout, under the fault; see `RankPool.run`."""
         return self.pool(case.device).run(layout, function, *args, hook=self.fault.hook)
+
+    def prepare(self, cases: Sequence[Case]) -> None:
+        """Do at once what cases share, where that is cheaper; nothing by default."""
+
+    def warm_up(self, device: str) -> None:
+        """Import Megatron-Core while something else runs."""
+        self.pool(device).warm_up()
 
     def pool(self, device: str) -> RankPool:
         """The rank processes for a kind of device."""

@@ -1,4 +1,4 @@
-"""Dividing work over a crew, and the one directory that all of it goes to."""
+"""Dividing work over a crew, and the one target that all of it goes to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from bridge.crew.protocol import Crew
 from bridge.errors import WorkerLostError
-from bridge.storage.target import new_directory
+from bridge.storage.new_checkpoint import NewCheckpoint, new_checkpoint
+from bridge.storage.remote import Location
 
 Item = TypeVar("Item")
 
@@ -42,24 +43,31 @@ def balanced(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
 
 
 @contextmanager
-def shared_directory(target: Path, *, overwrite: bool, crew: Crew) -> Iterator[Path]:
-    """`new_directory` for a crew: rank 0 creates and places it, all fill it.
+def shared_checkpoint(
+    target: Location,
+    *,
+    overwrite: bool,
+    last: Sequence[str],
+    staging: Path | None = None,
+    crew: Crew,
+) -> Iterator[NewCheckpoint]:
+    """`new_checkpoint` for a crew: rank 0 creates it and makes it visible, all fill it.
 
     A failure of any process stops all of them before rank 0 removes what was built.
 
     Raises:
         TargetExistsError: BR304, the target exists and is not an empty directory.
-        CheckpointError: BR300, the system refuses.
+        CheckpointError: BR300, the system or the backend refuses.
     """
-    found: Path | None = None
+    found: NewCheckpoint | None = None
     if crew.rank:
         found = crew.gather(found)[0]
         if found is None:
-            raise AssertionError("rank 0 has no directory")
+            raise AssertionError("rank 0 has no target")
         yield found
         crew.gather(None)  # the error, if placing it fails
         return
-    with new_directory(target, overwrite=overwrite) as found:
+    with new_checkpoint(target, overwrite=overwrite, staging=staging, last=last) as found:
         try:
             crew.gather(found)
             yield found

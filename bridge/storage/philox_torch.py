@@ -65,8 +65,9 @@ def fill_box(
         if mean:
             values += mean
         rounded = values.to(getattr(torch, dtype.name))
-        bits = rounded.view(getattr(torch, f"int{8 * dtype.itemsize}"))
-        out[band.relative_to(box).slices] = bits.cpu().numpy().view(dtype.word)
+        target = out[band.relative_to(box).slices].view(f"<i{dtype.itemsize}")
+        # Straight into the caller's memory, which may be page-locked.
+        torch.from_numpy(target).copy_(rounded.view(getattr(torch, f"int{8 * dtype.itemsize}")))
 
 
 def box_words(

@@ -55,7 +55,7 @@ class NewPrefix:
 
     def effort(self, layout: FileLayout) -> int:
         """Bytes that `write_files` reports of a file: its payloads built, and all of it sent."""
-        return payload_nbytes(layout) + layout.size
+        return layout.payload_nbytes + layout.size
 
     def write_files(
         self,
@@ -98,6 +98,11 @@ class NewPrefix:
         else:
             write_object(self.place / name, data)
 
+    def written(self) -> RemotePath:
+        """The place as it is now: other processes have written to it too."""
+        self.place.forget_listings()
+        return self.place
+
     def publish(self) -> None:
         """Upload the last files."""
         for name in self.last:
@@ -135,11 +140,6 @@ def new_prefix(
     except BaseException:
         _discard(target, claim, last)
         raise
-
-
-def payload_nbytes(layout: FileLayout) -> int:
-    """Bytes of a file that are tensors'."""
-    return sum(payload.nbytes for payload in layout.payloads)
 
 
 def upload(file: Path, path: RemotePath, *, advance: Advance) -> None:

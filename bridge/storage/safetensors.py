@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Self
 
@@ -18,7 +19,7 @@ from bridge.dtypes import Words, dtype_from_safetensors
 from bridge.errors import CheckpointError, CorruptFileError
 from bridge.storage.extents import Extent, flat_index, is_contiguous
 from bridge.storage.remote import Location
-from bridge.storage.remote_ranges import open_ranges
+from bridge.storage.remote_ranges import each_file, open_ranges
 from bridge.storage.source import FileLayout, Payload, TensorInfo
 from bridge.tiling import Box
 
@@ -137,15 +138,23 @@ class SafetensorsSource:
         directory: Where the weight files are.
         strict_index: Refuse an index that contradicts the files. Without it the contradictions
             are in `index_problems`, for whoever reports them with others.
+        files: The weight files, where that is known; else the index tells, or the directory.
 
     Raises:
         CheckpointError: BR300, there are no safetensors files, or the index names others.
         CorruptFileError: BR302, a header or the index contradicts the files.
     """
 
-    def __init__(self, directory: Location, *, strict_index: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Location,
+        *,
+        strict_index: bool = True,
+        files: Sequence[str] | None = None,
+    ) -> None:
         self.directory = directory
-        self.headers = {name: read_header(directory, name) for name in _weight_files(directory)}
+        names = files if files is not None else _weight_files(directory)
+        self.headers = each_file(directory, partial(read_header, directory), names)
         self._stored: dict[str, StoredTensor] = {}
         for header in self.headers.values():
             for name, stored in header.tensors.items():

@@ -76,3 +76,8 @@ class FileLayout:
     size: int
     literals: tuple[tuple[int, bytes], ...]
     payloads: tuple[Payload, ...]
+
+    @property
+    def payload_nbytes(self) -> int:
+        """Bytes that are tensors'."""
+        return sum(payload.nbytes for payload in self.payloads)

@@ -13,18 +13,19 @@ from typing import Self
 import numpy as np
 
 from bridge.crew.protocol import Alone, Crew
-from bridge.crew.sharing import share_of, shared_directory
+from bridge.crew.sharing import share_of, shared_checkpoint
 from bridge.dtypes import Words, dtype_named
 from bridge.hf_config import load_hf_config, spec_from_hf_config
 from bridge.parameters import hf_tensors
 from bridge.progress import Progress, Silent
 from bridge.spec import ModelSpec
 from bridge.storage.philox import fill_words, mean_and_std
+from bridge.storage.remote import Location
 from bridge.storage.safetensors import INDEX_NAME, layout_shards, total_nbytes
 from bridge.storage.source import TensorInfo
-from bridge.storage.target import read_small_file, refuse_overlap, write_small_file
+from bridge.storage.target import read_small_file, refuse_overlap
 from bridge.tiling import Box, Tiling
-from bridge.transfer import TransferLimits, write_files
+from bridge.transfer import TransferLimits
 
 
 class SyntheticSource:
@@ -95,14 +96,15 @@ class SyntheticSource:
 
 
 def synthesize(
-    config: Path,
-    target: Path,
+    config: Location,
+    target: Location,
     *,
     seed: int,
     max_shard_size: int,
     limits: TransferLimits,
     progress: Progress | None = None,
     overwrite: bool = False,
+    staging: Path | None = None,
     crew: Crew | None = None,
 ) -> int:
     """Write a synthetic checkpoint of a configuration: shards, index and the `config.json` itself.
@@ -115,6 +117,7 @@ def synthesize(
         limits: Memory and threads of each process that takes part.
         progress: Who watches.
         overwrite: Replace an existing target.
+        staging: Where files are built before their upload, for a target behind a URL.
         crew: The processes that share the work, all of which make this call.
 
     Returns:
@@ -132,12 +135,15 @@ def synthesize(
     }
     nbytes = total_nbytes(source.tensors.values())
     mine = share_of(crew, layouts, [layout.size for layout in layouts])
-    with shared_directory(target, overwrite=overwrite, crew=crew) as directory:
-        with crew.phase(progress or Silent(), "synthesize", nbytes) as advance:
-            write_files(mine, directory, source, whole, limits=limits, advance=advance)
+    with shared_checkpoint(
+        target, overwrite=overwrite, staging=staging, last=(INDEX_NAME, "config.json"), crew=crew
+    ) as new:
+        effort = sum(map(new.effort, layouts))
+        with crew.phase(progress or Silent(), "synthesize", effort) as advance:
+            new.write_files(mine, source, whole, limits=limits, advance=advance)
             crew.gather(None)
         if crew.rank == 0:
-            write_small_file(directory, "config.json", raw)
+            new.write_small_file("config.json", raw)
             if index is not None:
-                write_small_file(directory, INDEX_NAME, index)
+                new.write_small_file(INDEX_NAME, index)
     return nbytes

@@ -6,10 +6,11 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Final
 
 from bridge.errors import CheckpointError, TargetExistsError, UsageError
+from bridge.storage.remote import Location, RemotePath
 
 _PARTIAL: Final = ".partial-"
 _OLD: Final = "-old"
@@ -22,7 +23,7 @@ _WEIGHT_NAMES: Final = frozenset(
 )
 
 
-def refuse_overlap(target: Path, sources: Iterable[Path]) -> None:
+def refuse_overlap(target: Location, sources: Iterable[Location]) -> None:
     """Refuse a target that holds a source, lies inside one, or is one.
 
     Replacing it would delete what is being read, and a checkpoint inside another would be carried
@@ -31,15 +32,25 @@ def refuse_overlap(target: Path, sources: Iterable[Path]) -> None:
     Raises:
         UsageError: BR001, naming both.
     """
-    end = Path(os.path.realpath(target))
+    target_system, end = _anchor(target)
     for source in sources:
-        start = Path(os.path.realpath(source))
-        if end == start or end in start.parents or start in end.parents:
+        system, start = _anchor(source)
+        if system == target_system and (
+            end == start or end in start.parents or start in end.parents
+        ):
             raise UsageError(
                 "source and target must not be one inside the other",
                 where=[f"source {source}", f"target {target}"],
                 hint="choose a directory beside the source; nothing was touched",
             )
+
+
+def _anchor(location: Location) -> tuple[object, PurePath]:
+    """Which filesystem a location is of, None for this machine's, and its one path there."""
+    if isinstance(location, RemotePath) and "file" not in location.fs.protocol:
+        return type(location.fs), PurePosixPath(location.path)
+    path = location.path if isinstance(location, RemotePath) else location
+    return None, Path(os.path.realpath(path))
 
 
 @contextmanager
@@ -133,7 +144,7 @@ def _put_in_place(partial: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def side_files(directory: Path) -> tuple[list[str], list[str]]:
+def side_files(directory: Location) -> tuple[list[str], list[str]]:
     """What an HF checkpoint holds besides its weights, relative, sorted.
 
     Returns:
@@ -142,9 +153,12 @@ def side_files(directory: Path) -> tuple[list[str], list[str]]:
         weights in other formats, hidden directories, linked directories.
     """
     carried, left = [], []
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        hidden = any(part.startswith(".") for part in PurePosixPath(name).parts[:-1])
+    root = PurePosixPath(str(directory))
+    paths: Iterable[Location] = directory.rglob("*")
+    found = {PurePosixPath(str(path)).relative_to(root): path for path in paths}
+    for relative in sorted(found):
+        path, name = found[relative], relative.as_posix()
+        hidden = any(part.startswith(".") for part in relative.parts[:-1])
         if path.is_dir():
             if path.is_symlink():
                 left.append(f"{name}/")
@@ -156,7 +170,7 @@ def side_files(directory: Path) -> tuple[list[str], list[str]]:
     return carried, left
 
 
-def _is_weight(path: Path) -> bool:
+def _is_weight(path: Location) -> bool:
     return path.suffix in _WEIGHT_SUFFIXES or path.name in _WEIGHT_NAMES
 
 
@@ -175,7 +189,7 @@ def write_small_file(directory: Path, name: str, data: bytes) -> None:
         ) from error
 
 
-def read_small_file(path: Path) -> bytes:
+def read_small_file(path: Location) -> bytes:
     """Read a file whole. Raises CheckpointError BR300 when the system refuses."""
     try:
         return path.read_bytes()

@@ -42,6 +42,7 @@ from bridge.storage.torch_record import TensorLocation, locate_tensor, read_obje
 from bridge.tiling import Box, Shape
 
 RELEASE: Final = "release"
+_EDGE: Final = 4096  # bytes; of a zip record of torch.save, headers and pickle take fewer
 _ITERATION: Final = re.compile(r"iter_(\d{7,})")
 
 
@@ -217,8 +218,11 @@ class TorchDistReader:
         location = self._locations.get(place)
         if location is None:
             where = f"{self.directory / chunk.record.file}: {name} {chunk.box}"
+            read = self._reader(chunk.record.file)
+            if isinstance(self.directory, RemotePath):
+                read = _from_edges(read, chunk.record.offset, chunk.record.length)
             location = locate_tensor(
-                self._reader(chunk.record.file),
+                read,
                 chunk.record.offset,
                 chunk.record.length,
                 where=where,
@@ -254,6 +258,25 @@ class TorchDistReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _from_edges(
+    read: Callable[[int, int], bytes], offset: int, length: int
+) -> Callable[[int, int], bytes]:
+    """Read what describes a record by one request for each of its ends, instead of many."""
+    kept: dict[int, bytes] = {}
+    end = offset + length
+
+    def read_kept(start: int, count: int) -> bytes:
+        for edge in (offset, max(offset, end - _EDGE)):
+            stop = min(edge + _EDGE, end)
+            if edge <= start and start + count <= stop:
+                if edge not in kept:
+                    kept[edge] = read(edge, stop - edge)
+                return kept[edge][start - edge : start - edge + count]
+        return read(start, count)
+
+    return read_kept
 
 
 def _inside(box: Box, shape: Shape) -> bool:

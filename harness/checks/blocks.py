@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from harness.bench import Bench
-from harness.block_states import BlockJudgement, judge_blocks, rows_of, worst_token
+from harness.block_states import BlockJudgement, rows_of, worst_token
 from harness.compare import Finding
 from harness.localize import localisation
 from harness.suite import Case
@@ -11,10 +11,7 @@ from harness.suite import Case
 
 def run(case: Case, bench: Bench) -> Finding:
     """Judge the embedding and every block of Megatron on the case's probe."""
-    by = bench.witnesses(case)
-    found = judge_blocks(
-        bench.block_states(case), by, dtype=case.dtype, thresholds=bench.thresholds
-    )
+    found = bench.block_judgements(case)
     largest = max(found, key=lambda one: one.forced.value)
     limit = largest.verdicts[1].limit
     details = {"blocks": rows_of(found)}

@@ -12,7 +12,6 @@ from bridge.parameters import num_parameters
 from bridge.spec import GroupedQueryAttention, Linear, ModelSpec, NoOp, SwiGLU
 from harness import oracle
 from harness.bench import BASE_LAYOUT, Bench
-from harness.coded import codes_of
 from harness.compare import Finding, exact
 from harness.config_forms import ROPE_STYLES, SCHEMAS, write_config
 from harness.suite import Case
@@ -46,7 +45,7 @@ def run(case: Case, bench: Bench) -> Finding:
                 num_layers=spec.num_layers,
             )
             found.append(("blocks after a way through Megatron's JSON", spec.blocks, blocks))
-        stored = sum(codes_of(bench.checkpoint(case)).sizes())
+        stored = sum(bench.stored_sizes(case))
         found.append(("number of parameters, the other being the files'",
                       num_parameters(spec), stored))  # fmt: skip
     problems = [

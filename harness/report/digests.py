@@ -74,8 +74,9 @@ def identity(
         megatron: The Megatron checkpoint held against it, where there is one.
         advance: Told how many bytes of weights were read, for a progress bar.
     """
+    config = hf / "config.json" if hf.is_dir() else hf  # weights drawn from a seed have no files
     found: dict[str, Any] = {
-        "config_sha256": sha256_of(hf / "config.json"),
+        "config_sha256": sha256_of(config),
         "weight_files": _files(hf, weight_files(hf), advance),
     }
     if megatron is not None:

@@ -211,7 +211,7 @@ def test_one_flipped_bit_in_the_written_checkpoint_is_found_and_named(
     super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read-back compares every bit and says which element of which tensor differs."""
-    from bridge import conversion
+    from bridge.storage import new_checkpoint
     from bridge.transfer import write_files
 
     def write_and_damage(layouts, directory, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN202 (a wrapper of any signature)
@@ -219,7 +219,7 @@ def test_one_flipped_bit_in_the_written_checkpoint_is_found_and_named(
         payload = layouts[0].payloads[3]
         flip_one_bit(directory / layouts[0].path, payload.offset + payload.nbytes // 2)
 
-    monkeypatch.setattr(conversion, "write_files", write_and_damage)
+    monkeypatch.setattr(new_checkpoint, "write_files", write_and_damage)
     with pytest.raises(VerificationError) as caught:
         import_checkpoint(super_checkpoint, tmp_path / "megatron")
     assert len(caught.value.where) == 1
@@ -461,7 +461,7 @@ def test_padding_that_is_not_zero_is_found_when_reading_back(
     super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows no HF tensor holds are looked at too."""
-    from bridge import conversion
+    from bridge.storage import new_checkpoint
     from bridge.transfer import write_files
 
     def write_and_damage(layouts, directory, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN202 (a wrapper of any signature)
@@ -470,7 +470,7 @@ def test_padding_that_is_not_zero_is_found_when_reading_back(
             if payload.tensor == "embedding.word_embeddings.weight":
                 flip_one_bit(directory / layouts[0].path, payload.offset + payload.nbytes - 1)
 
-    monkeypatch.setattr(conversion, "write_files", write_and_damage)
+    monkeypatch.setattr(new_checkpoint, "write_files", write_and_damage)
     with pytest.raises(VerificationError) as caught:
         import_checkpoint(super_checkpoint, tmp_path / "megatron")
     assert "embedding.word_embeddings.weight: 1 padding rows" in caught.value.where[0]

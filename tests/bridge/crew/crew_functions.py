@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bridge import conversion
 from bridge.convert import import_checkpoint
 from bridge.crew.protocol import Crew
 from bridge.errors import ConfigError
 from bridge.progress import Silent
+from bridge.storage import new_checkpoint
 from bridge.transfer import write_files
 
 
@@ -83,7 +83,7 @@ Writer = Callable[..., None]
 
 def _import(hf: Path, megatron: Path, crew: Crew, write: Callable[[Writer], Writer]) -> None:
     """Convert at a cut that has four files, with another writer of files."""
-    with patch.object(conversion, "write_files", write(write_files)):
+    with patch.object(new_checkpoint, "write_files", write(write_files)):
         import_checkpoint(
             hf, megatron, tensor_model_parallel_size=2, pipeline_model_parallel_size=2, crew=crew
         )

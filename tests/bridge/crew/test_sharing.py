@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bridge.crew.protocol import Alone
-from bridge.crew.sharing import balanced, share_of, shared_directory
+from bridge.crew.sharing import balanced, share_of, shared_checkpoint
 from bridge.errors import TargetExistsError
 
 SIZES = st.lists(st.integers(0, 1 << 40), max_size=40)
@@ -50,16 +50,16 @@ def test_the_crew_of_one_does_everything() -> None:
 
 def test_a_directory_of_a_crew_of_one_is_a_new_directory(tmp_path: Path) -> None:
     """It appears whole, or not at all."""
-    with shared_directory(tmp_path / "new", overwrite=False, crew=Alone()) as directory:
-        (directory / "file").write_text("x")
+    with shared_checkpoint(tmp_path / "new", overwrite=False, last=(), crew=Alone()) as new:
+        new.write_small_file("file", b"x")
         assert not (tmp_path / "new").exists()
     assert (tmp_path / "new" / "file").read_text() == "x"
-    with pytest.raises(ZeroDivisionError), shared_directory(
-        tmp_path / "other", overwrite=False, crew=Alone()
+    with pytest.raises(ZeroDivisionError), shared_checkpoint(
+        tmp_path / "other", overwrite=False, last=(), crew=Alone()
     ):  # fmt: skip
         raise ZeroDivisionError
-    with pytest.raises(TargetExistsError), shared_directory(
-        tmp_path / "new", overwrite=False, crew=Alone()
+    with pytest.raises(TargetExistsError), shared_checkpoint(
+        tmp_path / "new", overwrite=False, last=(), crew=Alone()
     ):  # fmt: skip
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

@@ -1,0 +1,225 @@
+"""`verify` of a model that need not fit into memory: block by block, see `harness.streaming`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from bridge.console import gib, parse_size
+from bridge.errors import UsageError
+
+if TYPE_CHECKING:
+    from bridge.spec import ModelSpec
+    from harness.bench import Bench, Subject
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="In place of --hf-model: a config.json, whose model is streamed with pseudo-random "
+        "weights. Needs no file of them.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Which weights, with --config.")]
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        help="Block by block, in bounded memory; by default where the whole model would not fit.",
+    ),
+]
+StreamedBlocks = Annotated[
+    str | None,
+    typer.Option(
+        "--blocks",
+        help="Stream only these, such as 0,5-9, as a model of their own; `distinct` is one of "
+        "each kind.",
+    ),
+]
+StreamBudget = Annotated[
+    str,
+    typer.Option("--memory-budget", help="For weights while streaming, such as 4GiB."),
+]
+LAYOUT: Final = "tp1-pp1"
+"""The only one: this process is the only rank."""
+_SHARE: Final = 0.8
+"""Of the memory that is free, which whole models may take."""
+_OTHER: Final = 3 << 30
+"""Bytes that processes, activations and the oracle take besides the models."""
+_LITTLE: Final = 1 << 30
+"""Bytes of models that are never the reason why something does not fit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamOptions:
+    """What the command was given."""
+
+    config: Path | None
+    seed: int
+    stream: bool | None
+    blocks: str | None
+    memory_budget: str
+
+
+def is_streamed(
+    options: StreamOptions, spec: ModelSpec, *, dtype: str, device: str, wants_whole: bool
+) -> bool:
+    """Whether a model is streamed; where nobody has asked for it, stderr hears why.
+
+    Args:
+        options: What the command was given.
+        spec: The model.
+        dtype: What to compute in.
+        device: Where.
+        wants_whole: Whether something was asked for that only a whole model has.
+
+    Raises:
+        UsageError: BR001, flags of streaming for a model that is not to be streamed.
+    """
+    if options.stream is False:
+        if options.config is not None or options.blocks is not None:
+            raise UsageError(
+                "--config and --blocks are for streaming, which --no-stream rules out",
+                hint="leave --no-stream away",
+            )
+        return False
+    if options.config is not None or options.blocks is not None or options.stream:
+        return True
+    need, free = _need(spec, dtype), _free(device)
+    if wants_whole or need < _LITTLE or need + _OTHER <= free * _SHARE:
+        return False
+    sys.stderr.write(
+        f"streamed block by block: two whole models in {dtype} would take {gib(need)}, and "
+        f"{gib(free)} are free; --no-stream tries it\n"
+    )
+    return True
+
+
+def _need(spec: ModelSpec, dtype: str) -> int:
+    from bridge.dtypes import dtype_named
+    from bridge.parameters import num_parameters
+
+    return 2 * num_parameters(spec) * dtype_named(dtype).itemsize
+
+
+def _free(device: str) -> int:
+    if device == "cuda":
+        import torch
+
+        if torch.cuda.is_available():
+            free: int = torch.cuda.mem_get_info()[0]
+            return free
+    import psutil
+
+    available: int = psutil.virtual_memory().available
+    return available
+
+
+def with_streaming(subject: Subject, options: StreamOptions) -> Subject:
+    """The model under test, with what only streaming knows of it.
+
+    Raises:
+        UsageError: BR001, blocks that the model does not have.
+    """
+    from bridge.hf_config import load_hf_config
+    from bridge.plan import ranges
+    from harness.oracle import read_config
+    from harness.streaming.segments import blocks_named
+
+    path = subject.hf
+    if path is None:
+        raise ValueError(f"{subject.name} is a toy: it has no files")
+    blocks = None
+    if options.blocks is not None:
+        blocks = tuple(blocks_named(options.blocks, read_config(load_hf_config(path))))
+        numbers = ranges(blocks)
+        sys.stderr.write(f"only blocks {numbers}, one after the other as a model of their own\n")
+    name = subject.name
+    if options.config is not None:
+        place = path.resolve()
+        name = place.parent.name if place.name == "config.json" else place.stem
+    return replace(subject, name=name, seed=options.seed, blocks=blocks)
+
+
+def answered(checks: Sequence[str]) -> tuple[str, ...]:
+    """Those checks that streaming can answer; the others are named on stderr.
+
+    Raises:
+        UsageError: BR001, none of them can be.
+    """
+    from harness.streaming.bench import CHECKS
+
+    left = [name for name in checks if name not in CHECKS]
+    chosen = tuple(name for name in checks if name in CHECKS)
+    if not chosen:
+        raise UsageError(
+            f"{', '.join(left)} cannot be answered without the whole model",
+            hint=f"a streamed model is asked {', '.join(CHECKS)}; or give --no-stream",
+        )
+    if left:
+        sys.stderr.write(f"not run, for the model is streamed: {', '.join(left)}\n")
+    return chosen
+
+
+def unstreamable(
+    *, layouts: str | None, trust_remote_code: bool, reference_logits: Sequence[Path] | None
+) -> list[str]:
+    """The flags given that have no meaning for a streamed model."""
+    odd = {
+        "--layouts": layouts is not None and layouts.strip() != LAYOUT,
+        "--trust-remote-code": trust_remote_code,
+        "--reference-logits": bool(reference_logits),
+    }
+    return [flag for flag, given in odd.items() if given]
+
+
+def refuse(flags: Sequence[str]) -> None:
+    """Refuse flags that have no meaning for a streamed model.
+
+    Raises:
+        UsageError: BR001, if there are any.
+    """
+    if not flags:
+        return
+    raise UsageError(
+        f"{', '.join(flags)} is not for a streamed model",
+        hint="it runs on one rank, against transformers' Llama or bridge.decilm; leave that away, "
+        "or give --no-stream",
+    )
+
+
+def bench_of(options: StreamOptions, report: Path | None, resume: bool) -> Callable[..., Bench]:
+    """What makes the bench of a run: `harness.bench.Bench`'s arguments to a streaming one.
+
+    Args:
+        options: Of the command.
+        report: Where states are kept; None keeps none.
+        resume: Go on from what is kept there.
+    """
+    from harness.streaming.bench import Streaming, StreamingBench
+
+    budget = parse_size(options.memory_budget)
+    streaming = Streaming(memory_budget=budget, keep=report, resume=resume)
+    return partial(StreamingBench, streaming=streaming)
+
+
+def resolved(hf_model: str | None, options: StreamOptions, revision: str | None) -> Any:  # noqa: ANN401 - a Location
+    """Where the model is: the configuration alone, or what `--hf-model` names.
+
+    Raises:
+        UsageError: BR001, neither or both are given.
+    """
+    from bridge.hub import resolve_here
+
+    if (hf_model is None) == (options.config is None):
+        raise UsageError("give either --hf-model, or --config for a configuration without weights")
+    if options.config is not None:
+        path = options.config
+        return path / "config.json" if path.is_dir() else path
+    return resolve_here(str(hf_model), weights=True, revision=revision)

@@ -1,0 +1,153 @@
+"""`verify` of a streamed model, as a user calls it: flags, what is said, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+import harness.cli  # noqa: F401 - it adds the commands
+from bridge.cli import app
+from bridge.errors import UsageError
+from bridge.spec import ModelSpec
+from harness import cli_stream
+from harness.cli_stream import StreamOptions
+from harness.locations import suites_dir
+from harness.toys import toy_named, write_checkpoint
+
+ULTRA = suites_dir() / "variants" / "Llama-3_1-Nemotron-Ultra-253B-v1.json"
+
+
+def options_of(
+    *, stream: bool | None = None, config: Path | None = None, blocks: str | None = None
+) -> StreamOptions:
+    """What the command was given."""
+    return StreamOptions(config=config, seed=0, stream=stream, blocks=blocks, memory_budget="4GiB")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a toy, alone."""
+    path = tmp_path_factory.mktemp("models") / "mine.json"
+    path.write_text(json.dumps(toy_named("51b").config_for("bfloat16")), "utf-8")
+    return path
+
+
+def spec_of(path: Path) -> ModelSpec:
+    """What the bridge reads there."""
+    from bridge.convert import read_spec
+
+    return read_spec(path)
+
+
+def refused(*arguments: str | Path) -> UsageError:
+    """The error that a call of `verify` ends with, before it has run anything."""
+    result = CliRunner().invoke(app, ["verify", *map(str, arguments)])
+    assert isinstance(result.exception, UsageError), result.output
+    return result.exception
+
+
+def test_a_configuration_alone_is_proved(config: Path) -> None:
+    """Exit code 0; the checks that were not run are named on stderr; one document on stdout."""
+    done = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-m", "harness", "verify", "--config", str(config), "--seed", "3",
+         "--blocks", "distinct", "--memory-budget", "64MiB", "--json"],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    evidence = json.loads(done.stdout)
+    ids = [case["id"] for case in evidence["cases"]]
+    assert sorted(ids) == [
+        "blocks/mine/tp1-pp1/float32/long",
+        "blocks/mine/tp1-pp1/float32/short",
+        "config/mine/float32",
+        "logits/mine/tp1-pp1/float32/long",
+        "logits/mine/tp1-pp1/float32/short",
+    ]
+    assert "not run, for the model is streamed: round_trip, placement" in done.stderr
+    assert "only blocks 0-7" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_cases_are_listed_without_running_them(config: Path) -> None:
+    """As of any run."""
+    result = CliRunner().invoke(
+        app, ["verify", "--config", str(config), "--checks", "blocks", "--list"]
+    )
+    assert result.exit_code == 0
+    assert "blocks/mine/tp1-pp1/float32/long" in result.output
+
+
+def test_a_model_is_one_or_the_other(config: Path) -> None:
+    """Neither and both are bad usage."""
+    assert "--hf-model" in str(refused())
+    assert "--config" in str(refused("--hf-model", config.parent, "--config", config))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--layouts", "tp2-pp1"),
+        ("--reference-logits", "x.safetensors"),
+        ("--trust-remote-code", None),
+        ("--no-stream", None),
+        ("--checks", "gradients,placement"),
+        ("--blocks", "99"),
+        ("--memory-budget", "many"),
+    ],
+)
+def test_what_a_streamed_model_cannot_do_is_refused(
+    config: Path, flag: str, value: str | None
+) -> None:
+    """Before any work, with a hint."""
+    error = refused("--config", config, flag, *([] if value is None else [value]))
+    assert error.hint
+
+
+def test_the_only_layout_may_be_named(config: Path) -> None:
+    """It is the one that is run."""
+    result = CliRunner().invoke(
+        app, ["verify", "--config", str(config), "--layouts", "tp1-pp1", "--list"]
+    )
+    assert result.exit_code == 0
+
+
+def test_only_what_does_not_fit_is_streamed_unasked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, config: Path
+) -> None:
+    """Two models of Ultra's size fit nowhere; a toy fits wherever it can run at all."""
+    free = psutil.virtual_memory()._replace(available=2 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    plain: dict[str, Any] = {"dtype": "float32", "device": "cpu", "wants_whole": False}
+    toy, ultra = spec_of(config), spec_of(ULTRA)
+    assert not cli_stream.is_streamed(options_of(), toy, **plain)
+    assert capsys.readouterr().err == ""
+    assert cli_stream.is_streamed(options_of(), ultra, **plain)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "--no-stream" in said
+    assert not cli_stream.is_streamed(options_of(stream=False), ultra, **plain)
+    assert not cli_stream.is_streamed(options_of(), ultra, **plain | {"wants_whole": True})
+    assert cli_stream.is_streamed(options_of(stream=True), toy, **plain)
+    assert cli_stream.is_streamed(options_of(blocks="0"), toy, **plain)
+
+
+def test_a_streamed_checkpoint_is_asked_the_same(tmp_path: Path) -> None:
+    """--stream on a checkpoint that would fit; its report has everything a report has."""
+    write_checkpoint(toy_named("nano-4b"), tmp_path / "hf")
+    done = subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-m", "harness", "verify", "--hf-model", str(tmp_path / "hf"), "--stream",
+         "--report", str(tmp_path / "report"), "--checks", "logits,blocks,rope"],
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "not run, for the model is streamed: rope" in done.stderr
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert {"evidence.json", "report.html", "junit.xml", "journal.jsonl"} <= names
+    assert "streamed.npz" not in names
