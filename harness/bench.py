@@ -242,7 +242,7 @@ class Bench(Workbench):
         """The embedding and every block of Megatron on the case's probe, judged."""
         return block_states.judge_blocks(
             self.block_states(case), self.witnesses(case),
-            dtype=case.dtype, thresholds=self.thresholds,
+            dtype=case.dtype, thresholds=self.limits(case),
         )  # fmt: skip
 
     def localisation(self, case: Case) -> Localisation:

@@ -172,12 +172,12 @@ def _reference_weights(case: Case, bench: Bench) -> list[str]:
 def _reference_failure(case: Case, bench: Bench, by: Witnesses) -> int | None:
     """The first entry in which the reference is not sane; None when it is."""
     judged = judge_blocks(
-        bench.block_states(case), by, dtype=case.dtype, thresholds=bench.thresholds
+        bench.block_states(case), by, dtype=case.dtype, thresholds=bench.limits(case)
     )
     for one in judged:
         if not one.verdicts[0].passed and not one.forced.problems:
             return one.layer_idx
-    threshold = bench.thresholds.get(REFERENCE_ERROR, case.dtype)
+    threshold = bench.limits(case).get(REFERENCE_ERROR, case.dtype)
     head = excess(by.reference_logits, by.reference_logits, by.forced_logits, 0.0)
     if head.problems or head.reference_error_ulp(case.dtype) > threshold.limit:
         return len(by.model.blocks)
@@ -212,7 +212,7 @@ def _in_reference(case: Case, bench: Bench, by: Witnesses, layer_idx: int) -> Lo
 
 def _in_sums(case: Case, bench: Bench, by: Witnesses) -> Localisation:
     found = bench.block_states(case)
-    judged = judge_blocks(found, by, dtype=case.dtype, thresholds=bench.thresholds)
+    judged = judge_blocks(found, by, dtype=case.dtype, thresholds=bench.limits(case))
     all_right = ("every weight is right, on every rank",)
     for one in judged:
         if one.verdicts[1].passed:
@@ -228,7 +228,7 @@ def _in_sums(case: Case, bench: Bench, by: Witnesses) -> Localisation:
         return answer("megatron", [*all_right, where], one.layer_idx, best)
     head = judge_logits(
         found.logits, by.reference_logits, by.forced_logits,
-        dtype=case.dtype, thresholds=bench.thresholds,
+        dtype=case.dtype, thresholds=bench.limits(case),
     )  # fmt: skip
     if not head.passed:
         layer_idx = len(by.model.blocks)

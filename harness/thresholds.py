@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -86,6 +86,9 @@ class Threshold:
             at 1.0, relative to rms(oracle).
         measured: What was seen on healthy models, and on faulty ones.
         command: What repeats it.
+        hidden_size: For an error of rounding: up to which width of a model the limit is meant.
+            Beyond it the limit grows with the square root of the width, as the error of a sum of
+            that many rounded terms does; None for a limit that holds at any width.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Threshold:
     measured: Mapping[str, Any]
     command: str
     floor_ulp: float = 0.0
+    hidden_size: int | None = None
 
     def __post_init__(self) -> None:
         """A limit is positive and comes from something."""
@@ -103,6 +107,8 @@ class Threshold:
             wrong.append(f"limit={self.limit} must be a positive number")
         if not (math.isfinite(self.floor_ulp) and self.floor_ulp >= 0):
             wrong.append(f"floor_ulp={self.floor_ulp} must be zero or more")
+        if self.hidden_size is not None and self.hidden_size < 1:
+            wrong.append(f"hidden_size={self.hidden_size} must be positive")
         if not self.measured or not self.command:
             wrong.append("measured and command must say where the limit comes from")
         if wrong:
@@ -112,6 +118,12 @@ class Threshold:
     def floor(self) -> float:
         """The floor relative to rms(oracle)."""
         return self.floor_ulp * ulp_of_one(self.dtype)
+
+    def for_hidden_size(self, hidden_size: int) -> Threshold:
+        """The limit for a model of this width."""
+        if self.hidden_size is None or hidden_size <= self.hidden_size:
+            return self
+        return replace(self, limit=self.limit * math.sqrt(hidden_size / self.hidden_size))
 
     def verdict(self, value: float, *, problems: tuple[str, ...] = ()) -> Verdict:
         """Hold a value to this limit."""
@@ -125,6 +137,12 @@ class Thresholds:
     """Every limit, by name and dtype."""
 
     by_key: Mapping[tuple[str, str], Threshold]
+
+    def for_hidden_size(self, hidden_size: int) -> Thresholds:
+        """The limits for a model of this width."""
+        return Thresholds(
+            by_key={key: one.for_hidden_size(hidden_size) for key, one in self.by_key.items()}
+        )
 
     def get(self, name: str, dtype: str) -> Threshold:
         """The limit of this name in this dtype.

@@ -206,6 +206,10 @@ class Workbench:
 
         return self._once("spec", path, make=read)
 
+    def limits(self, case: Case) -> Thresholds:
+        """The limits for the case's model."""
+        return self.thresholds.for_hidden_size(self.config(case)["hidden_size"])
+
     def layout(self, case: Case, name: str | None = None) -> ParallelLayout:
         """The case's layout, or another by name, for the case's model."""
         return resolve_layout(name or case.layout or BASE_LAYOUT, self.spec(case))

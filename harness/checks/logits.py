@@ -32,7 +32,7 @@ def judge(case: Case, bench: Bench, candidate: Array, reference: Array) -> Findi
         reference,
         bench.oracle_logits(case),
         dtype=case.dtype,
-        thresholds=bench.thresholds,
+        thresholds=bench.limits(case),
     )
     failed = [verdict for verdict in found.verdicts if not verdict.passed]
     excess = found.verdicts[-1]

@@ -137,11 +137,18 @@ def _flat(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
 
 
 def _loosened(key: str, before: object, after: object) -> bool:
-    """Whether a limit, or the floor under the error that it is a multiple of, was raised."""
-    if not key.startswith("thresholds > ") or not key.endswith((" > limit", " > floor_ulp")):
+    """Whether a limit holds less than it did.
+
+    The limit itself or the floor under the error that it is a multiple of was raised, or the width
+    from which on it grows was lowered; without one it does not grow.
+    """
+    if not key.startswith("thresholds > "):
         return False
     was, now = number(before), number(after)
-    return was is not None and now is not None and now > was
+    if key.endswith(" > hidden_size"):
+        return now is not None and (was is None or now < was)
+    raised = was is not None and now is not None and now > was
+    return raised and key.endswith((" > limit", " > floor_ulp"))
 
 
 def _word(value: object) -> str:

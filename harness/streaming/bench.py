@@ -181,7 +181,7 @@ class StreamingBench(Bench):
                 mapping=self._mapping(case, None),
                 segments=self._segments(case)[0],
                 dtype=case.dtype,
-                thresholds=self.thresholds,
+                thresholds=self.limits(case),
             ),
         )  # fmt: skip
 
@@ -274,7 +274,7 @@ class StreamingBench(Bench):
                     ours=_side(megatron, probes, model.vocab_size, "float32"),
                 ),
                 dtype=case.dtype,
-                thresholds=self.thresholds,
+                thresholds=self.limits(case),
                 store=self._store(case, probes),
             )
             first = walk.begin()

@@ -111,6 +111,25 @@ def test_the_rule_fails_what_is_too_far_from_the_oracle(
     assert judged.odd_one_out == (blamed[failed[0]] if failed else None)
 
 
+@pytest.mark.parametrize(
+    ("hidden_size", "limit"), [(64, 24.0), (1024, 24.0), (4096, 48.0), (16384, 96.0)]
+)
+def test_a_wide_models_reference_may_be_off_by_the_rounding_of_longer_sums(
+    hidden_size: int, limit: float
+) -> None:
+    """Four times the terms, twice the error; a limit on a ratio is the same at any width."""
+    plain, found = load_thresholds(), load_thresholds().for_hidden_size(hidden_size)
+    assert found.get(REFERENCE_ERROR, "float32").limit == limit
+    assert found.get(EXCESS, "float32") == plain.get(EXCESS, "float32")
+    assert found.by_key.keys() == plain.by_key.keys()
+
+
+def test_no_width_lets_the_nearest_faulty_block_pass() -> None:
+    """That fault's size does not depend on the width; Ultra-253B is the widest of the family."""
+    found = load_thresholds().for_hidden_size(16384).get("blocks.reference_error", "float32")
+    assert 2 * found.limit < found.measured["fault_min"]
+
+
 def test_a_candidate_of_nan_fails_every_verdict() -> None:
     """Nothing measured, nothing passed."""
     judged = judge_logits(np.full(ORACLE.shape, np.nan), ORACLE, ORACLE, dtype="float32")

@@ -103,6 +103,27 @@ def test_a_raised_limit_is_a_regression_and_a_lowered_one_is_not(data: dict[str,
         assert found.regression is regression
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "regression"),
+    [(1024, 512, True), (1024, 2048, False), (None, 1024, True), (1024, None, False)],
+)
+def test_a_limit_that_grows_sooner_is_a_regression(
+    data: dict[str, Any],
+    before: int | None,
+    after: int | None,
+    regression: bool,  # noqa: FBT001
+) -> None:
+    """Beyond that width it is the looser one."""
+    first, second = copy.deepcopy(data), copy.deepcopy(data)
+    for run, width in ((first, before), (second, after)):
+        next(one for one in run["thresholds"] if one["name"] == "logits.excess")["hidden_size"] = (
+            width
+        )
+    (found,) = compare_runs(first, second)
+    assert found.what.endswith(" > hidden_size")
+    assert found.regression is regression
+
+
 def test_regressions_come_first(data: dict[str, Any]) -> None:
     """Whatever else has changed."""
     other = copy.deepcopy(data)
