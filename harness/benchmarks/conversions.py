@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
+from harness.benchmarks import profile
 from harness.benchmarks.process import OURS, Run
 from harness.benchmarks.profile import (
     DEFAULT_BUDGET,
@@ -156,17 +157,17 @@ def _measure(
             references={}
             if trial.name.startswith(_CP)
             else {"cp": outcomes.get(_CP), "cp_on_disk": outcomes.get(_CP_TO_DISK)},
-            limits=_limits(trial.name, cache, budget),
+            limits=_limits(trial.name, cache, budget, size),
         )
         for trial in trials
     ]  # fmt: skip
 
 
-def _limits(name: str, cache: Cache, budget: int) -> Mapping[str, float]:
+def _limits(name: str, cache: Cache, budget: int, size: int) -> Mapping[str, float]:
     if name.startswith(_CP):
         return {}
     bounds = {"peak_rss_bytes": float(budget + RSS_ABOVE_BUDGET)}
-    if cache == "warm":
+    if cache == "warm" and size >= profile.RATIOS_FROM_BYTES:
         bounds["verify_ratio_to_cp"] = MAX_VERIFY_OF_CP
         if name.endswith("none"):
             bounds["ratio_to_cp"] = MAX_WALL_OF_CP

@@ -14,6 +14,8 @@ DEFAULT_BUDGET: Final = GIB
 # The limits. A missed one fails the command with --strict only.
 MAX_WALL_OF_CP: Final = 1.5
 MAX_VERIFY_OF_CP: Final = 1.5
+RATIOS_FROM_BYTES: Final = 8_000_000_000
+"""Below this `cp` returns with everything in memory and nothing on the disk: no standard."""
 RSS_ABOVE_BUDGET: Final = GIB // 2
 MAX_HELP_SECONDS: Final = 0.5
 MAX_START_SECONDS: Final = 2.0

@@ -14,7 +14,7 @@ import pytest
 
 from bridge.convert import read_spec
 from bridge.parameters import num_parameters
-from harness.benchmarks import conversions, groups, models, trial_oracle
+from harness.benchmarks import conversions, groups, models, profile, trial_oracle
 from harness.benchmarks.groups import GROUPS, measure
 from harness.benchmarks.results import Measurement
 from harness.benchmarks.workspace import SetUpError, Workspace
@@ -26,8 +26,11 @@ def named(found: list[Measurement]) -> dict[str, Measurement]:
     return {one.name: one for one in reversed(found)}
 
 
-def test_import_is_measured_warm_and_cold_beside_two_copies(toys: Workspace) -> None:
+def test_import_is_measured_warm_and_cold_beside_two_copies(
+    toys: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the verification's own share, and limits where there are some."""
+    monkeypatch.setattr(profile, "RATIOS_FROM_BYTES", SIZE)
     found = conversions.measure_import(toys)
     warm = [one.name for one in found if one.conditions["cache"] == "warm"]
     assert warm == ["cp -r", "import --verify none", "cp -r, on disk", "import --verify auto"]
@@ -40,6 +43,12 @@ def test_import_is_measured_warm_and_cold_beside_two_copies(toys: Workspace) -> 
     assert {one.name for one in verified.limits} == {"peak_rss_bytes", "verify_ratio_to_cp"}
     assert all(one.limits == [] for one in found if one.name.startswith("cp"))
     assert {"ratio_to_cp", "ratio_to_cp_on_disk", "convert_seconds"} <= set(plain.values)
+
+
+def test_a_small_checkpoint_is_held_to_no_ratio(toys: Workspace) -> None:
+    """Its `cp` leaves everything in memory."""
+    limits = {limit.name for one in conversions.measure_import(toys) for limit in one.limits}
+    assert limits == {"peak_rss_bytes"}
 
 
 def test_budgets_set_the_limit_of_memory(toys: Workspace) -> None:
