@@ -106,10 +106,11 @@ def verify(
     reference model need not run here; what needs the model itself is then left out, and said so.
 
     A model that does not fit into memory is streamed: configuration, logits and blocks are proved
-    block by block, at real size, with its own weights or, with --config, with pseudo-random ones.
+    block by block, at real size, with its own weights or, with --config, with pseudo-random ones;
+    a --megatron-path is compared bit by bit then, too. Other checks are counted as not run.
     """
     from bridge.convert import read_spec
-    from harness.runner import NO_REFERENCE
+    from harness.runner import NO_REFERENCE, STREAMED
     from harness.suite import select as select_cases
     from harness.verification import (
         checks_named,
@@ -122,7 +123,7 @@ def verify(
     streaming = cli_stream.StreamOptions(
         config=config, seed=seed, stream=stream, blocks=blocks, memory_budget=memory_budget
     )
-    path = cli_stream.resolved(hf_model, streaming, revision)
+    path = cli_stream.resolved(hf_model, streaming, revision, megatron=megatron_path)
     spec = read_spec(path, carry=carry or ())
     odd = cli_stream.unstreamable(
         layouts=layouts, trust_remote_code=trust_remote_code, reference_logits=reference_logits
@@ -132,7 +133,7 @@ def verify(
     )
     if is_streamed:
         cli_stream.refuse(odd)
-        wanted = cli_stream.answered(wanted)
+        cli_stream.refuse_unanswerable(wanted, paired=megatron_path is not None)
     names = (cli_stream.LAYOUT,) if is_streamed else _layout_names(spec, layouts)
     if config is None:
         _account_for(path, megatron_path, carry=carry or ())
@@ -155,7 +156,7 @@ def verify(
         run_and_report(
             chosen, {subject.name: subject}, timeout=timeout, report_dir=report, resume=resume,
             form="json" if json_ else form,
-            allow_not_run=(NO_REFERENCE,) if reference_logits else (),
+            allow_not_run=(*((NO_REFERENCE,) if reference_logits else ()), STREAMED),
             make_bench=cli_stream.bench_of(streaming, report, resume) if is_streamed else None,
         )
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -147,24 +148,20 @@ def with_streaming(subject: Subject, options: StreamOptions) -> Subject:
     return replace(subject, name=name, seed=options.seed, blocks=blocks)
 
 
-def answered(checks: Sequence[str]) -> tuple[str, ...]:
-    """Those checks that streaming can answer; the others are named on stderr.
+def refuse_unanswerable(checks: Sequence[str], *, paired: bool) -> None:
+    """Refuse checks of which streaming can answer none; with some, the others count as not run.
 
     Raises:
-        UsageError: BR001, none of them can be.
+        UsageError: BR001, naming those that could be asked.
     """
-    from harness.streaming.bench import CHECKS
+    from harness.streaming.bench import CHECKS, PAIR_CHECKS
 
-    left = [name for name in checks if name not in CHECKS]
-    chosen = tuple(name for name in checks if name in CHECKS)
-    if not chosen:
+    known = (*CHECKS, *(PAIR_CHECKS if paired else ()))
+    if not set(checks) & set(known):
         raise UsageError(
-            f"{', '.join(left)} cannot be answered without the whole model",
-            hint=f"a streamed model is asked {', '.join(CHECKS)}; or give --no-stream",
+            f"{', '.join(checks)} cannot be answered without the whole model",
+            hint=f"a streamed model is asked {', '.join(known)}; or give --no-stream",
         )
-    if left:
-        sys.stderr.write(f"not run, for the model is streamed: {', '.join(left)}\n")
-    return chosen
 
 
 def unstreamable(
@@ -209,17 +206,30 @@ def bench_of(options: StreamOptions, report: Path | None, resume: bool) -> Calla
     return partial(StreamingBench, streaming=streaming)
 
 
-def resolved(hf_model: str | None, options: StreamOptions, revision: str | None) -> Any:  # noqa: ANN401 - a Location
+def resolved(
+    hf_model: str | None, options: StreamOptions, revision: str | None, *, megatron: Path | None
+) -> Any:  # noqa: ANN401 - a Location
     """Where the model is: the configuration alone, or what `--hf-model` names.
 
     Raises:
-        UsageError: BR001, neither or both are given.
+        UsageError: BR001, neither or both are given, or a Megatron checkpoint that cannot be held
+            against it or is a URL.
     """
     from bridge.hub import resolve_here
 
     if (hf_model is None) == (options.config is None):
         raise UsageError("give either --hf-model, or --config for a configuration without weights")
+    if megatron is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(megatron)):
+        raise UsageError(
+            "--megatron-path of verify takes no URL", where=str(megatron),
+            hint="copy the checkpoint to a directory, or export it from where it is",
+        )  # fmt: skip
     if options.config is not None:
+        if megatron is not None:
+            raise UsageError(
+                "a configuration has no weights to hold --megatron-path against",
+                hint="give --hf-model",
+            )
         path = options.config
         return path / "config.json" if path.is_dir() else path
     return resolve_here(str(hf_model), weights=True, revision=revision)

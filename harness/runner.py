@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["passed", "failed", "error", "not run"]
 NO_REFERENCE: Final = "reference"
+STREAMED: Final = "streamed"
 """Why a case is left out that needs the reference model where only files of its logits are."""
 _FIRST_LAYOUTS: Final = (None, BASE_LAYOUT)
 """No ranks at first, while they start; then the layout that others are compared with."""
@@ -149,6 +150,8 @@ def run_case(case: Case, bench: Bench) -> Result:
     missing = _unavailable(case.device)
     if missing is not None:
         return Result(case=case, status="not run", reason=missing)
+    if not bench.can_answer(case):
+        return Result(case=case, status="not run", reason=STREAMED)
     started = time.monotonic()
     try:
         finding = CHECKS[case.check].run(case, bench)

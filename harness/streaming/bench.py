@@ -43,7 +43,9 @@ from harness.toys import hf_tensors
 logger = logging.getLogger(__name__)
 
 CHECKS: Final = ("config", "logits", "blocks")
-"""What a streamed model is asked."""
+"""What any streamed model is asked."""
+PAIR_CHECKS: Final = ("round_trip",)
+"""And what one is that has a Megatron checkpoint to be held against, bit by bit."""
 _WALKED: Final = ("logits", "blocks")
 DEFAULT_BUDGET: Final = 4 << 30
 
@@ -97,6 +99,11 @@ class StreamingBench(Bench):
 
     def warm_up(self, device: str) -> None:
         """No ranks are formed."""
+
+    def can_answer(self, case: Case) -> bool:
+        """Whether a check needs neither the whole model nor a conversion of its own."""
+        paired = self.subject(case.model).megatron is not None
+        return case.check in CHECKS or (paired and case.check in PAIR_CHECKS)
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Walk once for all cases of a model, so that each is answered from what was found.
@@ -234,16 +241,20 @@ class StreamingBench(Bench):
                 where=str(self.checkpoint(case)),
                 hint="dequantize the checkpoint first",
             )
-        copies = 1 if self.subject(case.model).megatron is None else 2
         return segments_of(
             read_config(self.config(case)),
             distinct_tokens([one.input_ids for one in probes]),
             memory_budget=self._streaming.memory_budget,
-            word=copies * max(one.itemsize for one in kinds),
+            word=sum(self._word_sizes(case)),
             element=getattr(torch, case.dtype).itemsize,
             blocks=self.subject(case.model).blocks,
             head=_key(case) not in self._headless,
         )
+
+    def _word_sizes(self, case: Case) -> list[int]:
+        """Bytes of a stored element, on the Hugging Face side and in a Megatron checkpoint."""
+        sources = [self._source(case), self._megatron_source(case)]
+        return [max(info.dtype.itemsize for info in one.tensors.values()) for one in sources if one]
 
     def _walk(self, case: Case, names: Sequence[str]) -> Outcome:
         probes = [self.probe(case, name) for name in names]
@@ -306,13 +317,14 @@ class StreamingBench(Bench):
         # A GPU makes synthetic weights by itself; more threads would only take turns to ask it.
         made_there = case.device == "cuda" and not self.checkpoint(case).is_dir()
         threads = self._streaming.threads or (1 if made_there else cores_for_each())
-        shares = 1 if other is None else 2
+        sizes = self._word_sizes(case)
+        shares = [budget.words * one // sum(sizes) for one in sizes]
         with ExitStack() as stack:
             weights = stack.enter_context(
                 ReadAhead(
                     self._source(case),
                     [segment.boxes for segment in segments],
-                    max_nbytes=budget.words // shares,
+                    max_nbytes=shares[0],
                     threads=threads,
                     pinned=case.device == "cuda",
                 )
@@ -324,7 +336,7 @@ class StreamingBench(Bench):
                 ReadAhead(
                     other,
                     [mapping.wanted(segment) for segment in segments],
-                    max_nbytes=budget.words // shares,
+                    max_nbytes=shares[1],
                     threads=threads,
                     pinned=case.device == "cuda",
                 )

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from bridge.dtypes import Dtype, Words
-from bridge.errors import AccountingError
+from bridge.errors import AccountingError, UsageError
 from bridge.storage.source import TensorInfo, TensorSource
 from bridge.tiling import Box, Tile, Tiling, bands
 
@@ -168,7 +168,11 @@ class ReadAhead:
             default=largest,
         )
         if largest > max_nbytes:
-            raise ValueError(f"a segment of {largest} bytes for a buffer of {max_nbytes}")
+            raise UsageError(
+                f"the memory budget leaves {max(0, max_nbytes)} bytes for weights, and what "
+                f"cannot be cut takes {largest}",
+                hint="give --memory-budget more",
+            )
         self._buffer = _buffer(min(max_nbytes, max(two, largest)), pinned=pinned)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
         self._in_use: dict[int, tuple[int, int]] = {}

@@ -18,6 +18,7 @@ import numpy as np
 
 from harness.block_states import BlockJudgement, judgement_of
 from harness.metrics import Excess
+from harness.report.files import writing_into
 from harness.thresholds import Thresholds
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -87,12 +88,13 @@ class Store:
         }  # fmt: skip
         text = np.frombuffer(json.dumps(document).encode(), np.uint8)
         partial = self._path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            arrays: dict[str, Any] = {_DOCUMENT: text, **states}
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+        with writing_into(self._path.parent):
+            with partial.open("wb") as file:
+                arrays: dict[str, Any] = {_DOCUMENT: text, **states}
+                np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._path)
 
     def load(
         self, *, dtype: str, thresholds: Thresholds

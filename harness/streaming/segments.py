@@ -134,7 +134,8 @@ def segments_of(
         for part in ("attention", "ffn")
         if part == "attention" or not isinstance(model.blocks[layer_idx][1], Mlp)
     ]
-    largest = max((one.num_parameters for one in fixed), default=0)
+    first = embedding_segment(model, tokens)
+    largest = max(one.num_parameters for one in (first, *fixed))
     unit = 3 * model.hidden_size  # one column of the width, or a token and more
     least = largest * (word + element), (unit * (2 * word + element))
     if usable < max(least):
@@ -145,17 +146,18 @@ def segments_of(
         )
     most = min((usable - largest * element) // (2 * word), usable // (2 * word + element))
     most = max(most, unit)
-    found = [embedding_segment(model, tokens)]
+    found = [first]
     for layer_idx in chosen:
         found += _block(model, shapes, layer_idx, most)
     if head:
         found += _head(model, most)
-    module = max(largest, *(one.num_parameters for one in found)) * element
+    module = max(one.num_parameters for one in found) * element
     return found, Budget(words=usable - module, module=module)
 
 
 def _mib(nbytes: float) -> str:
-    return f"{math.ceil(nbytes / (1 << 20))}MiB"
+    unit, name = (1 << 20, "MiB") if nbytes > 8 << 20 else (1 << 10, "KiB")
+    return f"{math.ceil(nbytes / unit)}{name}"
 
 
 def embedding_segment(model: Architecture, tokens: Sequence[int]) -> Segment:
@@ -195,13 +197,13 @@ def blocks_named(text: str, model: Architecture) -> list[int]:
             raise UsageError(
                 f"{piece.strip()!r} names no block", hint="write distinct, or such as 0,5-9"
             )
-        found |= set(range(int(first), int(last if dash else first) + 1))
-    odd = sorted(one for one in found if one >= len(model.blocks))
-    if odd or not found:
-        raise UsageError(
-            f"the model has no block {odd[0]}" if odd else f"{text!r} names no block",
-            hint=f"its blocks are 0-{len(model.blocks) - 1}",
-        )
+        end = int(last if dash else first)
+        if end >= len(model.blocks) or end < int(first):
+            raise UsageError(
+                f"the model has no blocks {piece.strip()}",
+                hint=f"its blocks are 0-{len(model.blocks) - 1}",
+            )
+        found |= set(range(int(first), end + 1))
     return sorted(found)
 
 
