@@ -245,7 +245,7 @@ def import_(
     from bridge.hub import resolve_model
 
     megatron = parse_location(megatron_path)
-    with crew_of(workers) as crew:
+    with crew_of(workers, (hf_model, megatron_path)) as crew:
         hf = resolve_model(hf_model, weights=True, revision=revision)
         report = crew.run(
             import_checkpoint,
@@ -306,7 +306,7 @@ def export(
     from bridge.hub import resolve_model
 
     megatron, hf = parse_location(megatron_path), parse_location(hf_path)
-    with crew_of(workers) as crew:
+    with crew_of(workers, (megatron_path, hf_path, hf_model)) as crew:
         resolved = None
         if hf_model is not None:
             resolved = resolve_model(hf_model, weights=False, revision=revision)
@@ -357,7 +357,7 @@ def synthesize(
     from bridge.storage.synthetic import synthesize as write
 
     started = time.perf_counter()
-    with crew_of(workers) as crew:
+    with crew_of(workers, (config, hf_path)) as crew:
         nbytes = crew.run(
             write,
             parse_location(config),

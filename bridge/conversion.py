@@ -20,7 +20,7 @@ from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import total_nbytes
 from bridge.storage.source import FileLayout, TensorInfo, TensorSource
-from bridge.tiling import Tiling
+from bridge.tiling import Box, Tiling, bands
 from bridge.transfer import Digest, TransferLimits, compare
 
 Verify = Literal["auto", "none"]
@@ -156,7 +156,9 @@ class ConversionJob:
             if any(tile.source is None for tile in tiling.tiles)
         ]
         mine = padded[self.crew.rank :: self.crew.size]
-        found = self.crew.gather(nonzero_padding(self.plan, megatron, mine))
+        found = self.crew.gather(
+            nonzero_padding(self.plan, megatron, mine, limits=self.options.limits)
+        )
         wrong = sorted(place for share in found for place in share)
         if wrong:
             raise VerificationError(
@@ -201,7 +203,11 @@ def _peak_rss() -> int:
 
 
 def nonzero_padding(
-    plan: Plan, megatron: TensorSource, names: Collection[str] | None = None
+    plan: Plan,
+    megatron: TensorSource,
+    names: Collection[str] | None = None,
+    *,
+    limits: TransferLimits | None = None,
 ) -> list[str]:
     """Every stretch of vocabulary padding that holds something other than zeros.
 
@@ -209,17 +215,37 @@ def nonzero_padding(
         plan: Says where the padding is.
         megatron: The checkpoint.
         names: Look at these parameters only.
+        limits: Padding of any size is read through one buffer of `band_nbytes`.
     """
+    band_nbytes = (limits or TransferLimits()).band_nbytes
     wrong = []
     for name in plan.hf_to_mcore if names is None else names:
         for tile in plan.hf_to_mcore[name].tiles:
             if tile.source is None:
-                words = np.empty(tile.target_box.shape, megatron.tensors[name].dtype.word)
-                megatron.read_into(name, tile.target_box, words)
-                rows = np.flatnonzero(words.any(axis=1)) + tile.target_box.starts[0]
-                if rows.size:
-                    wrong.append(f"{name}: {rows.size} padding rows, {rows[0]} the first")
+                count, first = _nonzero_rows(megatron, name, tile.target_box, band_nbytes)
+                if count:
+                    wrong.append(f"{name}: {count} padding rows, {first} the first")
     return wrong
+
+
+def _nonzero_rows(
+    source: TensorSource, name: str, box: Box, band_nbytes: int
+) -> tuple[int, int | None]:
+    """How many rows of a box hold something other than zeros, and the first of them."""
+    word = source.tensors[name].dtype.word
+    buffer = np.empty(min(box.volume, max(1, band_nbytes // word.itemsize)), word)
+    count, first, last = 0, None, None
+    for band in bands(box, max_elements=buffer.size):
+        words = buffer[: band.volume].reshape(band.shape)
+        source.read_into(name, band, words)
+        rows = np.flatnonzero(words.any(axis=1)) + band.starts[0]
+        if not rows.size:
+            continue
+        # A row wider than the buffer comes in several bands, and is one row all the same.
+        count += rows.size - int(rows[0] == last)
+        first = int(rows[0]) if first is None else first
+        last = int(rows[-1])
+    return count, first
 
 
 def difference(plan: Plan, digest: Digest) -> str:

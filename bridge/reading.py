@@ -107,10 +107,16 @@ def read_bands(
 
 
 def all_or_first_error(futures: Iterable[Future[_Result]]) -> list[_Result]:
-    """Wait for all; on the first failure drop what has not started and raise it."""
-    pending = list(futures)
-    _, unfinished = wait(pending, return_when=FIRST_EXCEPTION)
-    for future in unfinished:
-        future.cancel()
-    wait(pending)  # those that run still use the files that the caller will close
+    """Wait for all; on the first failure drop what has not started and raise it.
+
+    Whatever interrupts the wait itself, Ctrl-C above all, counts as a failure.
+    """
+    pending: list[Future[_Result]] = []
+    try:
+        pending.extend(futures)  # keeps those submitted so far when submitting is interrupted
+        wait(pending, return_when=FIRST_EXCEPTION)
+    finally:
+        for future in pending:
+            future.cancel()  # leaves those alone that run or are done
+        wait(pending)  # those that run still use the files that the caller will close
     return [future.result() for future in pending if not future.cancelled()]

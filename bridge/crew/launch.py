@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -65,7 +65,7 @@ class Launch:
 
 
 @contextmanager
-def crew_of(workers: int | None) -> Iterator[Launch]:
+def crew_of(workers: int | None, places: Iterable[str | None] = ()) -> Iterator[Launch]:
     """A crew of `workers` processes on this machine, or of torchrun's ranks.
 
     Under torchrun (`RANK` and a `WORLD_SIZE` above 1 in the environment) the ranks meet here. An
@@ -74,14 +74,17 @@ def crew_of(workers: int | None) -> Iterator[Launch]:
 
     Args:
         workers: Processes on this machine; None is 1, or torchrun's.
+        places: What all of them will read and write, as the user named it; None is nothing.
 
     Raises:
-        UsageError: BR001, fewer than one, or both `workers` and torchrun.
+        UsageError: BR001, fewer than one, both `workers` and torchrun, or several processes and a
+            place that each would see differently.
         WorkerLostError: BR501, the ranks do not come together.
     """
     if not under_torchrun():
         if workers is not None and workers < 1:
             raise UsageError(f"{workers} workers cannot do any work", hint="give 1 or more")
+        _refuse_private_memory(workers or 1, places)
         yield Launch(workers or 1, None)
         return
     from bridge.crew.torchrun import joined
@@ -93,7 +96,19 @@ def crew_of(workers: int | None) -> Iterator[Launch]:
                 where=f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment",
                 hint="leave --workers away under torchrun; elsewhere, unset RANK and WORLD_SIZE",
             )
+        _refuse_private_memory(crew.size, places)
         yield Launch(crew.size, crew)
+
+
+def _refuse_private_memory(size: int, places: Iterable[str | None]) -> None:
+    """Refuse what the processes of a crew cannot share: each would find its own memory empty."""
+    private = [place for place in places if place and place.startswith("memory://")]
+    if size > 1 and private:
+        raise UsageError(
+            f"{size} processes do not share one memory: each has a memory:// of its own",
+            where=private,
+            hint="use one process, or a directory or an object store that all of them see",
+        )
 
 
 def under_torchrun() -> bool:

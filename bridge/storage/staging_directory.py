@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -34,8 +35,7 @@ def staging_directory(parent: Path | None, *, needed: int) -> Iterator[Path]:
     root = parent if parent is not None else Path(tempfile.gettempdir())
     try:
         _sweep(root)
-        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
-        lock = _lock(directory)
+        directory, lock = _create(root)
     except OSError as error:
         raise CheckpointError(
             f"cannot create a staging directory: {error.strerror}", where=str(root), hint=HINT
@@ -55,19 +55,42 @@ def staging_directory(parent: Path | None, *, needed: int) -> Iterator[Path]:
         os.close(lock)
 
 
+def _create(root: Path) -> tuple[Path, int]:
+    """Make a directory and hold it, whoever sweeps meanwhile.
+
+    Returns:
+        The directory, and the descriptor that holds it until it is closed.
+    """
+    while True:
+        directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=root))
+        # A sibling that sweeps now may take it before it is held: nothing is in it yet, so another
+        # will do. That ends, as every sibling sweeps once.
+        with suppress(BlockingIOError, FileNotFoundError):
+            return directory, _lock(directory)
+
+
 def _lock(directory: Path) -> int:
-    """Hold a directory as long as this process lives.
+    """Hold a directory until the descriptor is closed or this process ends.
+
+    Only who holds a directory removes it, so what is held here stays.
 
     Raises:
         BlockingIOError: Another process does.
+        FileNotFoundError: It has been removed, or replaced, before it was held.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        _require_in_place(descriptor, directory)
+    except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _require_in_place(descriptor: int, directory: Path) -> None:
+    if not os.path.samestat(os.fstat(descriptor), directory.stat()):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
 
 
 def _sweep(root: Path) -> None:
@@ -75,5 +98,7 @@ def _sweep(root: Path) -> None:
     for left in root.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             descriptor = _lock(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(descriptor)
+            try:
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)

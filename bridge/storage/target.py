@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -107,7 +108,7 @@ def _occupied(target: Path) -> bool:
 
 def _sweep(target: Path) -> None:
     """Clear up after processes that were killed; give back a target they had moved aside."""
-    for left in sorted(target.parent.glob(f".{target.name}{_PARTIAL}*")):
+    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*")):
         pid = left.name.rpartition(_PARTIAL)[2].removesuffix(_OLD)
         # A container often gives the next attempt the number that the killed one had.
         mine = pid == str(os.getpid())

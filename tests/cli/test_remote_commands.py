@@ -204,6 +204,49 @@ def test_mistakes_are_told_in_one_message(
     assert [hf] == list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "import --hf-model hf --megatron-path memory://a/b",
+        "import --hf-model memory://bucket/hf --megatron-path m",
+        "export --megatron-path memory://bucket/m --hf-path back",
+        "export --megatron-path m --hf-path memory://a/b",
+        "export --megatron-path m --hf-path back --hf-model memory://bucket/hf",
+        "synthesize --config memory://bucket/hf --hf-path back",
+        "synthesize --config memory://bucket/hf --hf-path memory://a/b",
+    ],
+)
+def test_workers_do_not_share_a_memory(
+    run: Run,
+    hf: Path,
+    memory: Memory,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: str,
+) -> None:
+    """Each has one of its own: refused by name before any of them starts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bridge.crew.local.led", lambda *_: pytest.fail("workers are started"))
+    before = stored(memory, "/bucket")
+    done = run(*arguments.split(), "--workers", "2")
+    places = [word for word in arguments.split() if word.startswith("memory://")]
+    assert (done.code, done.out) == (2, "")
+    assert "BR001 2 processes do not share one memory" in done.err
+    assert all(place in done.err for place in places)
+    assert before == stored(memory, "/bucket")
+    assert not memory.exists("/a")
+    assert [hf] == list(tmp_path.iterdir())
+
+
+def test_one_worker_has_its_own_memory(run: Run, hf: Path, memory: Memory) -> None:
+    """Said or not, it is this process."""
+    done = run(
+        *("import", "--hf-model", hf, "--megatron-path", "memory://bucket/m", "--workers", "1")
+    )
+    assert done.code == 0, done.err
+    assert memory.exists("/bucket/m/latest_checkpointed_iteration.txt")
+
+
 def test_an_existing_target_behind_a_url_stays(run: Run, hf: Path, memory: Memory) -> None:
     """With --overwrite the error says why it cannot be."""
     memory.pipe_file("/bucket/m/theirs", b"theirs")

@@ -25,7 +25,7 @@ from bridge.convert import export_checkpoint, import_checkpoint
 from bridge.crew.launch import crew_of
 from bridge.errors import BridgeError
 try:
-    with crew_of(WORKERS) as crew:
+    with crew_of(WORKERS, PLACES) as crew:
         BODY
 except BridgeError as error:
     print(error)
@@ -51,7 +51,12 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def ranks(
-    body: str, directory: Path, *, size: int = 2, workers: int | None = None
+    body: str,
+    directory: Path,
+    *,
+    size: int = 2,
+    workers: int | None = None,
+    places: tuple[str, ...] = (),
 ) -> list[tuple[int, str, str]]:
     """Run a script as ranks without torchrun, who would end the others when one fails.
 
@@ -59,6 +64,7 @@ def ranks(
         Exit status, stdout and stderr of each.
     """
     script = SCRIPT.replace("BODY", body).replace("WORKERS", str(workers))
+    script = script.replace("PLACES", repr(places))
     (directory / "script.py").write_text(script)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -182,6 +188,17 @@ def test_a_killed_rank_leaves_no_target(checkpoint: Path, tmp_path: Path, doomed
         assert {path.name for path in tmp_path.iterdir()} == {"hf", "script.py"}
     import_checkpoint(checkpoint, tmp_path / "megatron")
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron", "script.py"}
+
+
+def test_ranks_do_not_share_a_memory(tmp_path: Path) -> None:
+    """Each has a `memory://` of its own: one of them says so, and nobody begins."""
+    found = ranks("Path('begun').touch()", tmp_path, places=("memory://bucket/m", "hf"))
+    assert [code for code, _, _ in found] == [2, 2]
+    assert [err for _, _, err in found] == ["", ""]
+    assert "BR001 2 processes do not share one memory" in found[0][1]
+    assert "memory://bucket/m" in found[0][1]
+    assert found[1][1] == ""
+    assert not (tmp_path / "begun").exists()
 
 
 def test_ranks_that_do_not_come_are_an_error_that_says_so(
