@@ -127,7 +127,7 @@ def test_a_wide_models_reference_may_be_off_by_the_rounding_of_longer_sums(
 def test_no_width_lets_the_nearest_faulty_block_pass() -> None:
     """That fault's size does not depend on the width; Ultra-253B is the widest of the family."""
     found = load_thresholds().for_hidden_size(16384).get("blocks.reference_error", "float32")
-    assert 2 * found.limit < found.measured["fault_min"]
+    assert 4 * found.limit < found.measured["fault_min"]
 
 
 def test_a_candidate_of_nan_fails_every_verdict() -> None:
