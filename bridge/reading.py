@@ -51,8 +51,11 @@ class TransferLimits:
 
     @property
     def window_nbytes(self) -> int:
-        """Bytes of a file that are looked at together. Two such windows take no more than bands."""
-        return min(self.band_nbytes, _MAX_WINDOW)
+        """Bytes of a file that are looked at together. Two such windows take no more than bands.
+
+        A multiple of every element's size, so that none is cut in two.
+        """
+        return min(self.band_nbytes, _MAX_WINDOW) // 8 * 8
 
     @property
     def buffers_nbytes(self) -> int:

@@ -116,6 +116,26 @@ def test_each_difference_counts_and_the_first_is_named(
 
 
 @pytest.mark.usefixtures("no_buffers")
+def test_no_window_ends_within_an_element(tmp_path: Path) -> None:
+    """A budget that divides to an odd number of bytes still names the exact place."""
+    limits = TransferLimits(memory_budget=(1 << 30) // 48, threads=4)
+    share = (1 << 30) // 48 // 16  # bytes: of each of four buffers of each thread
+    assert share % 2
+    place = share // 2  # the element that such a cut would go through
+    words = np.arange(800_000).astype("<u2")
+    assert words.nbytes > share
+    flipped = words.copy()
+    flipped[place] ^= 0x0100
+    tiling = Tiling.concatenate([("t", Box.whole(words.shape))])
+    with (
+        SafetensorsSource(write_source(tmp_path / "expected", {"t": words})) as expected,
+        SafetensorsSource(write_source(tmp_path / "actual", {"t": flipped})) as actual,
+    ):
+        (digest,) = compare(expected, actual, {"t": tiling}, limits=limits, advance=lambda _: None)
+    assert (digest.first_difference, digest.num_different) == ((place,), 1)
+
+
+@pytest.mark.usefixtures("no_buffers")
 def test_every_element_may_differ(tmp_path: Path) -> None:
     """All are counted, piece after piece."""
     digest = compared(tmp_path, counting() ^ np.uint16(1))
