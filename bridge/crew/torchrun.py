@@ -215,8 +215,8 @@ class TorchrunCrew:
 def joined() -> Iterator[TorchrunCrew]:
     """Join the ranks of torchrun; see `crew_of`."""
     crew = TorchrunCrew()
-    if crew.rank == 0 and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, crew.terminated)
+    handles = crew.rank == 0 and threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, crew.terminated) if handles else None
     try:
         with interrupts_pull(crew.brake):
             yield crew
@@ -230,6 +230,8 @@ def joined() -> Iterator[TorchrunCrew]:
             raise
         raise told from error
     crew.close()
+    if handles:  # after a failure it stays: torchrun may end us while we still clear up
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _first(told: Sequence[tuple[Any, Exception | None]]) -> tuple[int, Exception] | None:

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.ranks
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = f"""
+import signal
 import sys
 from pathlib import Path
 sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
@@ -150,6 +151,16 @@ def test_ranks_exchange_values_and_convert_both_ways(checkpoint: Path, tmp_path:
     assert found == [(0, "[0, 1, 4]\n", "")] * 3
     assert files_of(checkpoint) == files_of(tmp_path / "back")
     export_checkpoint(tmp_path / "megatron", tmp_path / "again")
+
+
+def test_signals_are_the_callers_again_afterwards(tmp_path: Path) -> None:
+    """A script that goes on after the conversion ends at SIGTERM as it did before."""
+    found = ranks(
+        "during = signal.getsignal(signal.SIGTERM)\n"
+        "    print(during is signal.SIG_DFL, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)",
+        tmp_path,
+    )
+    assert found == [(0, "False True\n", ""), (0, "True True\n", "")]
 
 
 def test_an_error_of_any_rank_is_reported_by_rank_0_alone(tmp_path: Path) -> None:
