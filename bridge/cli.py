@@ -244,8 +244,8 @@ def import_(
     from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
-    megatron = parse_location(megatron_path)
     with crew_of(workers, (hf_model, megatron_path)) as crew:
+        megatron = parse_location(megatron_path)
         hf = resolve_model(hf_model, weights=True, revision=revision)
         report = crew.run(
             import_checkpoint,
@@ -305,8 +305,8 @@ def export(
     from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
-    megatron, hf = parse_location(megatron_path), parse_location(hf_path)
     with crew_of(workers, (megatron_path, hf_path, hf_model)) as crew:
+        megatron, hf = parse_location(megatron_path), parse_location(hf_path)
         resolved = None
         if hf_model is not None:
             resolved = resolve_model(hf_model, weights=False, revision=revision)

@@ -15,7 +15,14 @@ from typing import Final
 from urllib.parse import unquote
 
 from bridge.errors import CheckpointError, EnvironmentMissingError, UsageError
-from bridge.storage.remote import Location, RemotePath, backend_errors, is_url, parse_location
+from bridge.storage.remote import (
+    Location,
+    RemotePath,
+    backend_errors,
+    is_url,
+    parse_location,
+    reason,
+)
 
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_URL: Final = re.compile(rf"hf://(?P<id>{_HUB_ID.pattern})(?:@(?P<revision>[^/@]+))?/?")
@@ -110,9 +117,8 @@ def _snapshot(model: str, *, weights: bool, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise CheckpointError(
-            f"neither a path here nor a model that the Hub gives: {reason}",
+            f"neither a path here nor a model that the Hub gives: {reason(error)}",
             where=model,
             hint="check the path, or the id and the network; log in with `hf auth login` if it is "
             "gated, or download it elsewhere and give the directory",

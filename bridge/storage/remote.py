@@ -63,6 +63,12 @@ class RemotePath:
         return RemotePath(self.fs, f"{self.path.rstrip('/')}/{name}")
 
     @property
+    def protocols(self) -> frozenset[str]:
+        """The names of the filesystem, as URLs begin with them."""
+        names = self.fs.protocol
+        return frozenset({names} if isinstance(names, str) else names)
+
+    @property
     def name(self) -> str:
         """The last part."""
         return PurePosixPath(self.path).name
@@ -74,8 +80,9 @@ class RemotePath:
 
     @property
     def parent(self) -> RemotePath:
-        """Without the last part."""
-        return RemotePath(self.fs, self.path.rstrip("/").rpartition("/")[0])
+        """Without the last part; of `/model`, as some backends spell it, the root."""
+        head, slash, _ = self.path.rstrip("/").rpartition("/")
+        return RemotePath(self.fs, head or slash)
 
     def absolute(self) -> RemotePath:
         """Itself: a URL is."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, TypeVar
 
 from bridge.dtypes import Words
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.reading import all_or_first_error
 from bridge.storage.files import FileRanges
 from bridge.storage.remote import Location, RemotePath
 
@@ -50,14 +51,8 @@ class RemoteRanges(FileRanges):
         if len(parts) == 1:
             _fill(path, *parts[0])
             return
-        pending = [self._pool.submit(_fill, path, *part) for part in parts]
-        wait(pending, return_when=FIRST_EXCEPTION)
-        for future in pending:
-            future.cancel()
-        wait(pending)  # the buffer is the caller's again: nobody may still write to it
-        for future in pending:
-            if not future.cancelled():
-                future.result()
+        # However it ends, the buffer is the caller's again: nobody may still write to it.
+        all_or_first_error(self._pool.submit(_fill, path, *part) for part in parts)
 
     def close(self) -> None:
         """End the threads."""

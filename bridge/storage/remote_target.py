@@ -23,7 +23,7 @@ from typing import Any, Final
 from bridge.errors import CheckpointError, TargetExistsError
 from bridge.storage.remote import RemotePath, backend_errors
 from bridge.storage.source import FileLayout, TensorSource
-from bridge.storage.staging_directory import HINT, staging_directory
+from bridge.storage.staging_directory import HINT, staging_directory, sweep
 from bridge.tiling import Tiling
 from bridge.transfer import Advance, TransferLimits, write_files
 
@@ -139,6 +139,8 @@ def new_prefix(
         _remove_marker(target)
     except BaseException:
         _discard(target, claim, last)
+        with suppress(OSError):  # workers that were stopped by a kill have left theirs
+            sweep(staging)
         raise
 
 
@@ -238,9 +240,7 @@ def _claim(target: RemotePath, *, overwrite: bool, last: Sequence[str]) -> str:
 
 
 def _has_directories(path: RemotePath) -> bool:
-    protocol = path.fs.protocol
-    protocols = {protocol} if isinstance(protocol, str) else set(protocol)
-    return not protocols & _WITHOUT_DIRECTORIES
+    return not path.protocols & _WITHOUT_DIRECTORIES
 
 
 def _files(target: RemotePath) -> list[RemotePath]:

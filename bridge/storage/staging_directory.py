@@ -32,9 +32,9 @@ def staging_directory(parent: Path | None, *, needed: int) -> Iterator[Path]:
     Raises:
         CheckpointError: BR300, there is no room for that file, or the system refuses.
     """
-    root = parent if parent is not None else Path(tempfile.gettempdir())
+    root = _root(parent)
     try:
-        _sweep(root)
+        sweep(parent)
         directory, lock = _create(root)
     except OSError as error:
         raise CheckpointError(
@@ -53,6 +53,25 @@ def staging_directory(parent: Path | None, *, needed: int) -> Iterator[Path]:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
+
+
+def sweep(parent: Path | None) -> None:
+    """Remove what nobody holds any more. A lock, unlike a process id, ends at a kill.
+
+    Args:
+        parent: See `staging_directory`.
+    """
+    for left in _root(parent).glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            descriptor = _lock(left)
+            try:
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _root(parent: Path | None) -> Path:
+    return parent if parent is not None else Path(tempfile.gettempdir())
 
 
 def _create(root: Path) -> tuple[Path, int]:
@@ -91,14 +110,3 @@ def _lock(directory: Path) -> int:
 def _require_in_place(descriptor: int, directory: Path) -> None:
     if not os.path.samestat(os.fstat(descriptor), directory.stat()):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
-
-
-def _sweep(root: Path) -> None:
-    """Remove what nobody holds any more. A lock, unlike a process id, ends at a kill."""
-    for left in root.glob(f"{_PREFIX}*"):
-        with suppress(OSError):
-            descriptor = _lock(left)
-            try:
-                shutil.rmtree(left, ignore_errors=True)
-            finally:
-                os.close(descriptor)

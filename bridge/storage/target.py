@@ -48,7 +48,7 @@ def refuse_overlap(target: Location, sources: Iterable[Location]) -> None:
 
 def _anchor(location: Location) -> tuple[object, PurePath]:
     """Which filesystem a location is of, None for this machine's, and its one path there."""
-    if isinstance(location, RemotePath) and "file" not in location.fs.protocol:
+    if isinstance(location, RemotePath) and "file" not in location.protocols:
         return type(location.fs), PurePosixPath(location.path)
     path = location.path if isinstance(location, RemotePath) else location
     return None, Path(os.path.realpath(path))

@@ -12,7 +12,7 @@ from fsspec.registry import _registry
 from bridge.errors import CheckpointError, UsageError
 from bridge.hf_config import load_hf_config
 from bridge.hub import OTHER_WEIGHTS, local_copy, resolve_here, resolve_model
-from bridge.storage.remote import RemotePath
+from bridge.storage.remote import RemotePath, parse_location
 
 Store: TypeAlias = Any
 """That of `conftest`, which no test can import."""
@@ -92,6 +92,30 @@ def test_a_copy_of_what_is_here_is_itself(tmp_path: Path) -> None:
     with local_copy(tmp_path) as copy:
         assert copy == tmp_path
     assert tmp_path.is_dir()
+
+
+def test_a_copy_of_what_lies_at_the_top_is_whole() -> None:
+    """The name of its directory, too."""
+    model = parse_location("memory://model")
+    assert isinstance(model, RemotePath)
+    model.fs.pipe_file("/model/config.json", b"{}")
+    try:
+        with local_copy(model) as copy:
+            assert (copy.name, [path.name for path in copy.iterdir()]) == ("model", ["config.json"])
+    finally:
+        model.fs.rm("/model", recursive=True)
+
+
+def test_what_the_hub_refuses_without_a_word_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of our own, that says at least of what kind it was."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=r"that the Hub gives: OSError\n") as caught:
+        resolve_model("nobody/nothing", weights=False)
+    assert caught.value.where == ("nobody/nothing",)
 
 
 def test_a_copy_that_has_no_room_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

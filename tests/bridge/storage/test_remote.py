@@ -88,6 +88,13 @@ def test_questions_are_answered_as_by_pathlib(tree: Path, twin: RemotePath, name
     assert remote_path.absolute() == remote_path.resolve() == remote_path
 
 
+def test_the_parent_of_what_lies_at_the_top_is_the_top() -> None:
+    """Some backends begin paths with a slash; without it the whole path would be a name."""
+    top = parse_location("memory://model").parent
+    assert isinstance(top, RemotePath)
+    assert (top.path, (top / "model").path) == ("/", "/model")
+
+
 @pytest.mark.parametrize(
     "ask",
     [

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -200,6 +202,29 @@ def test_whenever_it_is_killed_the_next_attempt_clears_up(store: Store, write: W
             store.fill(files)
             write()
             assert store.files() == EXPECTED
+
+
+def test_what_a_killed_worker_staged_goes_with_the_failure(
+    write: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its process could not; nobody else would before the next conversion."""
+    worker = (
+        "import os, pathlib, signal\n"
+        "from bridge.storage.staging_directory import staging_directory\n"
+        f"with staging_directory(pathlib.Path({str(tmp_path)!r}), needed=1) as directory:\n"
+        "    (directory / 'half').write_bytes(bytes(1000))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+
+    def lose_a_worker(_: NewPrefix) -> None:
+        assert subprocess.run([sys.executable, "-c", worker], check=False).returncode == -9  # noqa: S603 - our own words
+        assert list(tmp_path.rglob("half"))
+        raise Killed
+
+    with pytest.raises(Killed):
+        write(lose_a_worker)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
 
 
 def test_where_clearing_up_fails_too_the_next_attempt_does_it(
