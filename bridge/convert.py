@@ -18,7 +18,13 @@ from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
 from bridge.errors import ConfigError, VerificationError
-from bridge.hf_config import hf_config_from_spec, load_hf_config, spec_from_hf_config
+from bridge.hf_config import (
+    CONFIG_NAME,
+    config_file,
+    hf_config_from_spec,
+    load_hf_config,
+    spec_from_hf_config,
+)
 from bridge.megatron_args import checkpoint_args, megatron_lm_flags, spec_from_checkpoint_args
 from bridge.pipeline import plan_layout
 from bridge.plan import Plan, account_for, fold_layers
@@ -49,7 +55,6 @@ from bridge.storage.torch_dist_config import TRACKER_NAME
 from bridge.storage.torch_dist_write import iteration_directory
 
 DEFAULT_MAX_SHARD_SIZE: Final = 5_000_000_000
-CONFIG_NAME: Final = "config.json"
 _IMPORTED_ITERATION: Final = 0
 
 
@@ -217,8 +222,7 @@ def export_checkpoint(
 
 def read_spec(model: Location, *, carry: Collection[str] = ()) -> ModelSpec:
     """The model described by a checkpoint directory's, or a bare, `config.json`."""
-    file = model / CONFIG_NAME if model.is_dir() else model
-    return spec_from_hf_config(load_hf_config(model), where=str(file), carry=carry)
+    return spec_from_hf_config(load_hf_config(model), where=str(config_file(model)), carry=carry)
 
 
 def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:

@@ -29,10 +29,16 @@ from bridge.spec import (
 )
 from bridge.storage.remote import Location
 
+CONFIG_NAME: Final = "config.json"
 LLAMA: Final = "LlamaForCausalLM"
 DECILM: Final = "DeciLMForCausalLM"
 _MAX_DEPTH: Final = 32
 MODEL_TYPES: Final = {LLAMA: ("llama",), DECILM: ("nemotron-nas", "deci", "decilm")}
+
+
+def config_file(model: Location) -> Location:
+    """Where the configuration is: that of a checkpoint directory, or what is no directory."""
+    return model / CONFIG_NAME if model.is_dir() else model
 
 
 def load_hf_config(path: Location) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def load_hf_config(path: Location) -> dict[str, Any]:
     Raises:
         ConfigError: BR100, there is none, it is not JSON, not an object, or repeats a key.
     """
-    file = path / "config.json" if path.is_dir() else path
+    file = config_file(path)
     try:
         config = json.loads(file.read_bytes(), object_pairs_hook=_unique, parse_constant=_refuse)
     except FileNotFoundError:

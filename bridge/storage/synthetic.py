@@ -15,7 +15,7 @@ import numpy as np
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import share_of, shared_checkpoint
 from bridge.dtypes import Words, dtype_named
-from bridge.hf_config import load_hf_config, spec_from_hf_config
+from bridge.hf_config import CONFIG_NAME, config_file, load_hf_config, spec_from_hf_config
 from bridge.parameters import hf_tensors
 from bridge.progress import Progress, Silent
 from bridge.spec import ModelSpec
@@ -125,7 +125,7 @@ def synthesize(
     """
     crew = crew or Alone()
     refuse_overlap(target, [config])
-    raw = read_small_file(config / "config.json" if config.is_dir() else config)
+    raw = read_small_file(config_file(config))
     spec = spec_from_hf_config(load_hf_config(config), where=str(config))
     source = SyntheticSource(spec, seed=seed)
     layouts, index = layout_shards(source.tensors, max_shard_size=max_shard_size)
@@ -136,14 +136,14 @@ def synthesize(
     nbytes = total_nbytes(source.tensors.values())
     mine = share_of(crew, layouts, [layout.size for layout in layouts])
     with shared_checkpoint(
-        target, overwrite=overwrite, staging=staging, last=(INDEX_NAME, "config.json"), crew=crew
+        target, overwrite=overwrite, staging=staging, last=(INDEX_NAME, CONFIG_NAME), crew=crew
     ) as new:
         effort = sum(map(new.effort, layouts))
         with crew.phase(progress or Silent(), "synthesize", effort) as advance:
             new.write_files(mine, source, whole, limits=limits, advance=advance)
             crew.gather(None)
         if crew.rank == 0:
-            new.write_small_file("config.json", raw)
+            new.write_small_file(CONFIG_NAME, raw)
             if index is not None:
                 new.write_small_file(INDEX_NAME, index)
     return nbytes

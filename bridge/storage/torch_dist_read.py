@@ -67,11 +67,7 @@ class TorchDistReader:
         self._metadata = read_metadata(directory / METADATA_NAME)
         self._files = open_ranges(directory)
         # A listing answers for the files in it; where that is a URL each question is a request.
-        self._listed: Mapping[str, Location] = (
-            {child.name: child for child in directory.iterdir()}
-            if isinstance(directory, RemotePath)
-            else {}
-        )
+        self._listed: Mapping[str, Location] = {child.name: child for child in directory.iterdir()}
         self._locations: dict[tuple[str, int], TensorLocation] = {}
         files = {record.file for _, record in self._metadata.records()}
         problems = record_problems(self._metadata, {name: self._size(name) for name in files})
@@ -131,11 +127,6 @@ class TorchDistReader:
                 common.relative_to(chunk.box),
                 out[place],
             )
-
-    def extent(self, name: str, box: Box) -> Extent | None:
-        """Where the box lies, when it is one run of bytes of a file here; None when it is not."""
-        found = self.extents(name, box)
-        return found[0] if found and len(found) == 1 else None
 
     def extents(self, name: str, box: Box) -> list[Extent] | None:
         """Where the box lies, run by run; see `bridge.storage.extents.FileSource`."""

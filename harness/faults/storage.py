@@ -40,9 +40,10 @@ def write_rows(checkpoint: Path, name: str, words: Words) -> None:
             box = Box.rows(row, row + 1, words.shape[1:])
             if layer_idx is not None:
                 box = Box((layer_idx, *box.starts), (layer_idx + 1, *box.stops))
-            extent = source._reader.extent(key, box)  # noqa: SLF001 - as above
-            if extent is None:  # cut by columns: another layout's file
+            extents = source._reader.extents(key, box)  # noqa: SLF001 - as above
+            if extents is None or len(extents) != 1:  # cut by columns: another layout's file
                 continue
+            extent = extents[0]
             with extent.path.open("r+b") as file:
                 file.seek(extent.offset)
                 file.write(words[row].tobytes())

@@ -437,8 +437,9 @@ def damage_payload(root: Path, tensor: str, *, last_row: bool) -> None:
     with TorchDistReader(root / "iter_0000000") as reader:
         rows, columns = reader.tensors[tensor].shape
         row = rows - 1 if last_row else 0
-        extent = reader.extent(tensor, Box((row, 0), (row + 1, columns)))
-    assert extent is not None
+        extents = reader.extents(tensor, Box((row, 0), (row + 1, columns)))
+    assert extents is not None
+    (extent,) = extents
     data = bytearray(extent.path.read_bytes())
     data[extent.offset : extent.offset + 2] = b"\x01\x41"
     extent.path.write_bytes(data)
