@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from bridge.conversion import ConversionOptions, ConversionReport
     from bridge.convert import export_checkpoint, import_checkpoint, read_spec
     from bridge.errors import BridgeError
-    from bridge.model import build_model, load_hf, load_megatron
+    from bridge.live_parameters import load_hf, load_megatron
+    from bridge.model import build_model
     from bridge.pipeline import parse_layout, plan_layout
     from bridge.plan import Plan
     from bridge.spec import ModelSpec, ParallelLayout
@@ -33,8 +34,8 @@ _HOME = {
     "build_model": "bridge.model",
     "export_checkpoint": "bridge.convert",
     "import_checkpoint": "bridge.convert",
-    "load_hf": "bridge.model",
-    "load_megatron": "bridge.model",
+    "load_hf": "bridge.live_parameters",
+    "load_megatron": "bridge.live_parameters",
     "parse_layout": "bridge.pipeline",
     "parse_location": "bridge.storage.remote",
     "plan_layout": "bridge.pipeline",

@@ -16,7 +16,7 @@ import torch
 
 from bridge.errors import InconsistentConfigError
 from bridge.forward import Passage, current_device, receive, run_stages, send
-from bridge.model import local_parameters
+from bridge.live_parameters import local_parameters
 from bridge.parameters import parameters
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.tiling import Box

@@ -57,8 +57,8 @@ def transformer_config(
         spec: The model.
         layout: Must have passed `ParallelLayout.validate_for(spec)`.
         params_dtype: torch's name of the dtype to hold and compute in.
-        layers: Local layers may be asked for sequence parallelism too: `bridge.model` brings the
-            norm that Megatron's local one refuses to be there.
+        layers: Local layers may be asked for sequence parallelism too: `bridge.layer_specs` brings
+            the norm that Megatron's local one refuses to be there.
         device: Where the weights will live.
 
     Returns:

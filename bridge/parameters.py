@@ -6,8 +6,9 @@ table; adding a block kind means adding its rows here and nothing else.
 
 Names are those of Megatron's checkpoints, with the layer's index over the whole model. Models
 built from Transformer Engine layers use the same names; local layers keep their norms outside the
-linear that consumes them, and `bridge.model` asks Megatron itself how it maps them. Source:
-megatron-core 0.16.1 `gpt_layer_specs.get_gpt_layer_local_spec` and `heterogeneous_layer_specs`.
+linear that consumes them, and `bridge.live_parameters` asks Megatron itself how it maps them.
+Source: megatron-core 0.16.1 `gpt_layer_specs.get_gpt_layer_local_spec` and
+`heterogeneous_layer_specs`.
 """
 
 from __future__ import annotations

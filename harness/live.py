@@ -56,7 +56,7 @@ def build(request: ModelRequest) -> list[Any]:
 
 def fill(parts: list[Any], request: ModelRequest) -> None:
     """Load the request's checkpoint into model parts."""
-    from bridge.model import load_hf, load_megatron
+    from bridge.live_parameters import load_hf, load_megatron
     from bridge.storage.megatron import MegatronSource
     from bridge.storage.safetensors import SafetensorsSource
 
@@ -116,7 +116,7 @@ class LiveTensor:
 
 
 def live_tensors(parts: list[Any]) -> list[LiveTensor]:
-    """Every parameter of the calling rank. Shares nothing with `bridge.model`."""
+    """Every parameter of the calling rank. Shares nothing with `bridge.live_parameters`."""
     found = []
     for part in parts:
         for name, tensor in part.named_parameters():

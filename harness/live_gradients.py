@@ -46,7 +46,7 @@ def gradients(
     import torch
 
     from bridge.backward import hf_gradient_tiles, loss_and_gradients
-    from bridge.model import local_parameters
+    from bridge.live_parameters import local_parameters
 
     parts = live.model(context, request)
     try:

@@ -23,6 +23,7 @@ with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
     import megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs
     import torch.distributed.checkpoint
 
+    import bridge.live_parameters
     import bridge.model
     import bridge.platform
     import bridge.storage.megatron

@@ -20,7 +20,8 @@ def main(hf: Path, dtype: str, device: Literal["cpu", "cuda"]) -> None:
     import torch
 
     from bridge.convert import read_spec
-    from bridge.model import build_model, load_hf
+    from bridge.live_parameters import load_hf
+    from bridge.model import build_model
     from bridge.platform import finalize, initialize
     from bridge.spec import ParallelLayout
     from bridge.storage.safetensors import SafetensorsSource

@@ -64,7 +64,7 @@ def look(
     """
     from megatron.core import parallel_state
 
-    from bridge.model import load_hf
+    from bridge.live_parameters import load_hf
 
     model = oracle.read_config(config)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()

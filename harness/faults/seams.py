@@ -177,8 +177,8 @@ class AfterLoad:
         wrap = partial(self._wrap, context)
         return Together(
             (
-                Replaced("bridge.model", "load_hf", wrap),
-                Replaced("bridge.model", "load_megatron", wrap),
+                Replaced("bridge.live_parameters", "load_hf", wrap),
+                Replaced("bridge.live_parameters", "load_megatron", wrap),
             )
         )()
 

@@ -22,7 +22,9 @@ import torch
 from bridge import platform
 from bridge.dtypes import Words, dtype_named
 from bridge.errors import BridgeError
-from bridge.model import build_model, forward, load_hf, load_megatron, local_parameters
+from bridge.forward import forward
+from bridge.live_parameters import load_hf, load_megatron, local_parameters
+from bridge.model import build_model
 from bridge.parameters import hf_tensors, parameters
 from bridge.pipeline import parse_layout
 from bridge.spec import (

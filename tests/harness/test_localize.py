@@ -49,9 +49,9 @@ def changed_weights(change: Any, context: RankContext) -> Iterator[None]:  # noq
     """Rank 0 changes its weights after they are loaded."""
     import torch
 
-    from bridge import model
+    from bridge import live_parameters
 
-    load = model.load_hf
+    load = live_parameters.load_hf
 
     def load_and_change(parts: Any, *args: Any) -> None:  # noqa: ANN401 - the function's own
         load(parts, *args)
@@ -59,7 +59,7 @@ def changed_weights(change: Any, context: RankContext) -> Iterator[None]:  # noq
             with torch.no_grad():
                 change({name: p for part in parts for name, p in part.named_parameters()})
 
-    with mock.patch.object(model, "load_hf", load_and_change):
+    with mock.patch.object(live_parameters, "load_hf", load_and_change):
         yield
 
 

@@ -37,9 +37,9 @@ def half_an_output_layer(context: RankContext) -> Iterator[None]:
     """Rank 1 computes with other weights than it was given."""
     import torch
 
-    from bridge import model
+    from bridge import live_parameters
 
-    healthy = model.load_hf
+    healthy = live_parameters.load_hf
 
     def load(parts: Any, *args: Any) -> None:  # noqa: ANN401 - the function's own
         healthy(parts, *args)
@@ -47,7 +47,7 @@ def half_an_output_layer(context: RankContext) -> Iterator[None]:
             with torch.no_grad():
                 parts[0].output_layer.weight.mul_(0.5)
 
-    with mock.patch.object(model, "load_hf", load):
+    with mock.patch.object(live_parameters, "load_hf", load):
         yield
 
 

@@ -1,0 +1,81 @@
+"""Which layers a live model is made of: Megatron-Core's own, or Transformer Engine's."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+
+from bridge.errors import EnvironmentMissingError
+from bridge.megatron_config import Layers
+from bridge.spec import ModelSpec, Stage
+
+
+class TokenwiseRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm for local layers under sequence parallelism.
+
+    Megatron's own local norm refuses sequence parallelism, though a norm over the hidden size does
+    not care which tokens a rank holds. Its weight's gradient does: each rank sees only its tokens,
+    and the mark makes Megatron add the shares up, as it does for Transformer Engine's norm.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float) -> None:  # noqa: ANN401, ARG002 - Megatron's call
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = True  # type: ignore[attr-defined]  # Megatron's mark
+
+
+def choose_layers(layers: Layers | Literal["auto"], device: str) -> Layers:
+    """The layers asked for; "auto" are Transformer Engine's where it is installed, on a GPU.
+
+    Raises:
+        EnvironmentMissingError: BR500, Transformer Engine is asked for and not there.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if layers == "te" and not (installed and device == "cuda"):
+        raise EnvironmentMissingError(
+            "Transformer Engine layers need the transformer-engine package and a GPU",
+            hint="use local layers, or install nemotron-bridge[te] on a machine with a GPU",
+        )
+    if layers == "auto":
+        return "te" if installed and device == "cuda" else "local"
+    return layers
+
+
+def block_submodules(
+    spec: ModelSpec,
+    config: Any,  # noqa: ANN401 - TransformerConfig, which ships no types
+    stage: Stage,
+    vp_stage: int | None,
+    layers: Layers,
+) -> Any:  # noqa: ANN401 - TransformerBlockSubmodules, which ships no types
+    """The specs of a stage's layers and of the final norm, as GPTModel takes them."""
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
+        get_gpt_heterogeneous_layer_spec,
+    )
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    if spec.heterogeneous_block_specs:
+        submodules = get_gpt_heterogeneous_layer_spec(
+            config, use_te=layers == "te", vp_stage=vp_stage, pp_rank=stage.pp_rank
+        )
+    elif layers == "te":
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+        submodules = TransformerBlockSubmodules([layer] * len(stage.layers), layer_norm=TENorm)
+    else:
+        layer = gpt_layer_specs.get_gpt_layer_local_spec(normalization="RMSNorm")
+        # Named here, for Megatron would take Transformer Engine's wherever that is installed.
+        submodules = TransformerBlockSubmodules(
+            [layer] * len(stage.layers), layer_norm=WrappedTorchNorm
+        )
+    if config.sequence_parallel and layers == "local":
+        submodules.layer_norm = TokenwiseRMSNorm
+        for layer in submodules.layer_specs:
+            for place in ("input_layernorm", "pre_mlp_layernorm"):
+                if getattr(layer.submodules, place) is WrappedTorchNorm:
+                    setattr(layer.submodules, place, TokenwiseRMSNorm)
+    return submodules
