@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from bridge.convert import read_spec
@@ -34,7 +35,7 @@ from harness.streaming.reading import HeldRows, HeldSource, ReadAhead
 from harness.streaming.record import Store
 from harness.streaming.reference import Reference
 from harness.streaming.segments import Budget, Segment, distinct_tokens, segments_of
-from harness.streaming.sides import Side
+from harness.streaming.sides import Backend, Side
 from harness.streaming.truth import Truth
 from harness.streaming.walk import Held, Outcome, Sides, Walk
 from harness.suite import Case
@@ -56,7 +57,8 @@ class Streaming:
 
     Args:
         memory_budget: Bytes for weights, read or being computed with.
-        threads: That read ahead, and as many for the oracle; None for half the cores.
+        threads: That read ahead, and as many for the oracle; None lets the machine decide, see
+            `cores`.
         keep: Where states are kept after each block.
         resume: Go on from what is kept there.
         quiet: No progress on stderr.
@@ -70,7 +72,7 @@ class Streaming:
 
 
 class StreamingBench(Bench):
-    """A `Bench` for the checks `CHECKS`.
+    """A `Bench` for the checks `CHECKS`, and `PAIR_CHECKS` where there is a Megatron checkpoint.
 
     Of its fault the seams spec and code count, and rank as far as it changes code; what is changed
     in whole models once they are built has nothing to be changed in.
@@ -135,10 +137,15 @@ class StreamingBench(Bench):
             names.append(case.probe)
         return self._once("walk", _key(case), tuple(names), make=lambda: self._walk(case, names))
 
+    def __exit__(self, *error: object) -> None:
+        """Forget the states of walks that have ended, unless their results may yet be lost."""
+        if error[0] is None:
+            for store in self._finished:
+                store.forget()
+        super().__exit__(*error)
+
     def close(self) -> None:
-        """Forget the states of walks that have ended; results are in the journal by now."""
-        for store in self._finished:
-            store.forget()
+        """Close what was read from, too."""
         for source in self._sources:
             source.close()
         super().close()
@@ -280,9 +287,9 @@ class StreamingBench(Bench):
                 segments=segments,
                 probes=probes,
                 sides=Sides(
-                    truth=_side(truth, probes, model.vocab_size, "float64"),
-                    reference=_side(reference, probes, model.vocab_size, "float32"),
-                    ours=_side(megatron, probes, model.vocab_size, "float32"),
+                    truth=_side(truth, probes, model.vocab_size, np.float64),
+                    reference=_side(reference, probes, model.vocab_size),
+                    ours=_side(megatron, probes, model.vocab_size),
                 ),
                 dtype=case.dtype,
                 thresholds=self.limits(case),
@@ -370,7 +377,10 @@ def _key(case: Case) -> tuple[str, str, str]:
     return case.model, case.dtype, case.device
 
 
-def _side(backend: Any, probes: Sequence[Probe], vocab_size: int, dtype: str) -> Side:  # noqa: ANN401 - a Backend
-    import numpy as np
-
-    return Side(backend, probes, vocab_size=vocab_size, logits_dtype=getattr(np, dtype))
+def _side(
+    backend: Backend,
+    probes: Sequence[Probe],
+    vocab_size: int,
+    dtype: type[np.floating[Any]] = np.float32,
+) -> Side:
+    return Side(backend, probes, vocab_size=vocab_size, logits_dtype=dtype)

@@ -23,7 +23,7 @@ from harness.faults import fault_named
 from harness.streaming import walk
 from harness.streaming.bench import StreamingBench
 from harness.streaming.reading import ReadAhead
-from harness.streaming.record import Store
+from harness.streaming.record import FILE_NAME, Store
 from harness.streaming.segments import segments_of
 from harness.toys import toy_named
 from tests.harness.streaming.conftest import MakeBench, case_of
@@ -141,6 +141,19 @@ def test_in_slices_every_state_is_the_whole_models_within_rounding(
             np.testing.assert_allclose(forced, found.forced[layer_idx][0][1], rtol=0, atol=atol)
         np.testing.assert_allclose(seen.truth[entry][1], by.free[entry], rtol=0, atol=1e-11)
     np.testing.assert_allclose(outcome.logits["long"].ours, logits, rtol=0, atol=1e-4)
+
+
+def test_each_segment_is_of_the_kind_of_its_part_of_the_block(
+    toys: Toys, make_bench: MakeBench
+) -> None:
+    """A block's two kinds, in order; every slice of a feed-forward has that of the whole."""
+    record = make_bench(toys("51b"), budget=small_budget("51b", 3)).outcome(case_of()).record
+    blocks = [one for one in record.judgements["long"] if one.layer_idx >= 0]
+    assert blocks
+    for block in blocks:
+        attention, *slices = [one.kind for one in record.parts["long"][block.layer_idx]]
+        assert {f"{attention} + {kind}" for kind in slices} == {block.kind}
+    assert max(len(parts) for parts in record.parts["long"].values()) == 1 + 3
 
 
 @pytest.mark.parametrize("num_slices", [1, 3])
@@ -337,6 +350,26 @@ def test_a_walk_that_was_killed_goes_on_after_the_last_finished_block(
     assert outcome.record.parts == unbroken.record.parts
     assert np.array_equal(outcome.logits["long"].ours, unbroken.logits["long"].ours)
     assert np.array_equal(outcome.logits["long"].truth, unbroken.logits["long"].truth)
+
+
+def test_states_of_a_finished_walk_are_kept_until_the_run_has_ended_well(
+    tmp_path: Path, seen: Seen, toys: Toys, make_bench: MakeBench
+) -> None:
+    """One that is killed before its results are safe can be resumed; one that ends leaves none."""
+
+    def walk_and_be_killed() -> None:
+        with make_bench(toys("nano-4b"), keep=tmp_path) as killed:
+            killed.outcome(case_of())
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        walk_and_be_killed()
+    seen.layers.clear()
+    with make_bench(toys("nano-4b"), keep=tmp_path, resume=True) as resumed:
+        resumed.outcome(case_of())
+        assert (tmp_path / FILE_NAME).exists()
+    assert seen.layers == []
+    assert not (tmp_path / FILE_NAME).exists()
 
 
 def test_states_of_another_walk_are_left_aside(
