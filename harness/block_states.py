@@ -268,15 +268,20 @@ def kind_of(model: oracle.Architecture, layer_idx: int) -> str:
         return "embedding"
     if layer_idx >= len(model.blocks):
         return "final norm + output layer"
-    first, second = model.blocks[layer_idx]
-    if isinstance(first, oracle.Attention):
-        groups = first.num_query_groups
-        attention = f"attention with {groups} query group{'s' if groups > 1 else ''}"
-    else:
-        attention = "linear" if isinstance(first, oracle.Replaced) else "no-op"
-    if isinstance(second, oracle.Mlp):
-        return f"{attention} + SwiGLU {second.ffn_hidden_size}"
-    return f"{attention} + {'linear' if isinstance(second, oracle.Replaced) else 'no-op'}"
+    return " + ".join(part_kind(part) for part in model.blocks[layer_idx])
+
+
+def part_kind(part: oracle.Attention | oracle.Mlp | oracle.Replaced | oracle.Absent) -> str:
+    """What one of the two parts of a block is: `linear`, `no-op`, `SwiGLU 512` ..."""
+    match part:
+        case oracle.Attention(num_query_groups=groups):
+            return f"attention with {groups} query group{'s' if groups > 1 else ''}"
+        case oracle.Mlp(ffn_hidden_size=width):
+            return f"SwiGLU {width}"
+        case oracle.Replaced():
+            return "linear"
+        case oracle.Absent():
+            return "no-op"
 
 
 def worst_token(measured: Excess) -> tuple[int, int] | None:

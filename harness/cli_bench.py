@@ -89,7 +89,7 @@ def bench(
     started, clock = dt.datetime.now(dt.UTC).isoformat(timespec="seconds"), time.monotonic()
     with _ending_tidily(), tempfile.TemporaryDirectory(prefix="bench-", dir=parent) as directory:
         work = Workspace(
-            directory=Path(directory).resolve(), profile=profile, options=_options(),
+            directory=Path(directory).resolve(), profile=profile,
             say=lambda line: typer.echo(f"{time.monotonic() - clock:7.1f} s  {line}", err=True),
             peer_python=peer_python or sys.executable,
         )  # fmt: skip
@@ -147,17 +147,6 @@ def _ending_tidily() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _options() -> dict[str, frozenset[str]]:
-    """The options of every command, by the names of their Python parameters."""
-    from typer.main import get_command
-
-    commands: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-defined]  # a group
-    return {
-        name: frozenset(option.removeprefix("--") for one in command.params for option in one.opts)
-        for name, command in commands.items()
-    }
 
 
 def _results(

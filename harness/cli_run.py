@@ -107,7 +107,7 @@ def run_and_report(
             hint="give --report the directory that it had",
         )
     if report_dir is not None:
-        report_directory(report_dir)
+        report_directory(report_dir, rank_logs=True)
     wanted = report_dir is not None or form != "text"
     thresholds, memory = load_thresholds(), MemoryWatch()
     inputs = _hashed(subjects) if wanted else {}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -208,7 +208,7 @@ def bench_of(options: StreamOptions, report: Path | None, resume: bool) -> Calla
 
 def resolved(
     hf_model: str | None, options: StreamOptions, revision: str | None, *, megatron: Path | None
-) -> Any:  # noqa: ANN401 - a Location
+) -> Path:
     """Where the model is: the configuration alone, or what `--hf-model` names.
 
     Raises:

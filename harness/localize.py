@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from harness import live_blocks, oracle
-from harness.block_states import Witnesses, judge_blocks, kind_of
+from harness.block_states import Witnesses, kind_of
 from harness.live_blocks import EMBEDDING, Gathered
 from harness.metrics import excess
 from harness.mistakes import Setup, Suspect, suspects
@@ -171,10 +171,7 @@ def _reference_weights(case: Case, bench: Bench) -> list[str]:
 
 def _reference_failure(case: Case, bench: Bench, by: Witnesses) -> int | None:
     """The first entry in which the reference is not sane; None when it is."""
-    judged = judge_blocks(
-        bench.block_states(case), by, dtype=case.dtype, thresholds=bench.limits(case)
-    )
-    for one in judged:
+    for one in bench.block_judgements(case):
         if not one.verdicts[0].passed and not one.forced.problems:
             return one.layer_idx
     threshold = bench.limits(case).get(REFERENCE_ERROR, case.dtype)
@@ -212,9 +209,8 @@ def _in_reference(case: Case, bench: Bench, by: Witnesses, layer_idx: int) -> Lo
 
 def _in_sums(case: Case, bench: Bench, by: Witnesses) -> Localisation:
     found = bench.block_states(case)
-    judged = judge_blocks(found, by, dtype=case.dtype, thresholds=bench.limits(case))
     all_right = ("every weight is right, on every rank",)
-    for one in judged:
+    for one in bench.block_judgements(case):
         if one.verdicts[1].passed:
             continue
         where = f"{one.name} ({one.kind}): the first to compute wrong from a right input"

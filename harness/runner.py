@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["passed", "failed", "error", "not run"]
 NO_REFERENCE: Final = "reference"
-STREAMED: Final = "streamed"
 """Why a case is left out that needs the reference model where only files of its logits are."""
+STREAMED: Final = "streamed"
+"""Why a case is left out that needs the whole model where it is streamed."""
 _FIRST_LAYOUTS: Final = (None, BASE_LAYOUT)
 """No ranks at first, while they start; then the layout that others are compared with."""
 

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
+from bridge.reading import DEFAULT_MEMORY_BUDGET
 from harness.benchmarks import profile
 from harness.benchmarks.process import OURS, Run
 from harness.benchmarks.profile import (
-    DEFAULT_BUDGET,
     MAX_VERIFY_OF_CP,
     MAX_WALL_OF_CP,
     MIB,
     RSS_ABOVE_BUDGET,
 )
-from harness.benchmarks.results import Measurement, not_run
+from harness.benchmarks.results import Measurement
 from harness.benchmarks.trials import Cache, Trial, in_turns, measurement
 from harness.benchmarks.workspace import Workspace, size_of
 
@@ -73,8 +73,6 @@ def measure_budgets(work: Workspace) -> list[Measurement]:
 
 def measure_workers(work: Workspace) -> list[Measurement]:
     """Both directions by `--workers`; their memory is that of all of them together."""
-    if not work.has("import", "workers"):
-        return not_run("workers", "import, export", "import has no --workers")
     size, found = work.profile.main_size, []
     for workers in work.profile.workers:
         trials = [_copy(work, "import", size)]
@@ -104,7 +102,7 @@ def _conversion(
     size: int,
     *,
     verify: Literal["auto", "none"] = "none",
-    budget: int = DEFAULT_BUDGET,
+    budget: int = DEFAULT_MEMORY_BUDGET,
     workers: int | None = None,
 ) -> Trial:
     hf, megatron, target = work.hf(size), work.megatron(size), work.directory / "target"
@@ -140,7 +138,7 @@ def _measure(
     *,
     size: int,
     cache: Cache = "warm",
-    budget: int = DEFAULT_BUDGET,
+    budget: int = DEFAULT_MEMORY_BUDGET,
     workers: int | None = None,
 ) -> list[Measurement]:
     outcomes = in_turns(work, trials, repeats=work.profile.repeats, cache=cache)

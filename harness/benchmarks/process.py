@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -73,20 +73,13 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-def run(
-    command: Sequence[str | Path],
-    *,
-    timeout: float,
-    tree: bool = False,
-    env: Mapping[str, str] | None = None,
-) -> Run:
+def run(command: Sequence[str | Path], *, timeout: float, tree: bool = False) -> Run:
     """Run a command to its end, or kill it and all it started at the time limit.
 
     Args:
         command: Program and arguments.
         timeout: Seconds.
         tree: Also look at the memory of all its processes together, ten times a second.
-        env: Its environment; by default `environment()`.
     """
     with tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as name:
         report, out, err = (Path(name) / part for part in ("report", "out", "err"))
@@ -94,7 +87,7 @@ def run(
         started = time.perf_counter()
         launcher = subprocess.Popen(  # noqa: S603 - our own commands
             [sys.executable, "-I", "-S", str(_LAUNCHER), *arguments],
-            env=dict(env if env is not None else environment()),
+            env=environment(),
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )

@@ -8,8 +8,6 @@ from typing import Final, Literal
 
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
-DEFAULT_BUDGET: Final = GIB
-"""What `--memory-budget` is when it is not given."""
 
 # The limits. A missed one fails the command with --strict only.
 MAX_WALL_OF_CP: Final = 1.5

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from rich.console import Console
 from rich.text import Text
 
 from bridge.console import gib, table
+from harness.report.markdown import markdown_table, plain
 
 COLUMNS: Final = (
     "group", "what", "with", "median", "spread", "GB/s", "x cp", "peak memory", "also", "limits",
@@ -155,21 +156,13 @@ def markdown(data: Mapping[str, Any], plots: Iterable[tuple[str, str]] = ()) -> 
         plots: Title and file name of each figure that lies beside the page.
     """
     parts = [
-        "\n".join(f"- {_plain(line)}" for line in machine(data)),
-        _markdown_table(COLUMNS, rows(data)),
-        "\n".join(f"- {_plain(line)}" for line in summary(data)),
+        "\n".join(f"- {plain(line)}" for line in machine(data)),
+        markdown_table(COLUMNS, [[_typeset(cell) for cell in row] for row in rows(data)]),
+        "\n".join(f"- {plain(_typeset(line))}" for line in summary(data)),
         *(f"![{title}]({file})" for title, file in plots),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    cells = [[_plain(cell) for cell in line] for line in lines]
-    return "\n".join(
-        f"| {' | '.join(line)} |" for line in [list(header), ["---"] * len(header), *cells]
-    )
-
-
-def _plain(text: str) -> str:
-    """Text that a table of Markdown takes for nothing else."""
-    return text.replace("|", r"\|").replace("<=", "≤").replace("_", r"\_")
+def _typeset(text: str) -> str:
+    return text.replace("<=", "≤")

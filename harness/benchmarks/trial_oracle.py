@@ -9,31 +9,16 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import numpy as np
 
 from harness.oracle import Mlp, block, read_config, rotary_angles
+from harness.toys import hf_tensors
 
-
-def block_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Weights of layer 0 of a Llama, by name."""
-    hidden, width, channels = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    queries = config["num_attention_heads"] * channels
-    keys = config["num_key_value_heads"] * channels
-    return {
-        "model.layers.0.input_layernorm.weight": (hidden,),
-        "model.layers.0.self_attn.q_proj.weight": (queries, hidden),
-        "model.layers.0.self_attn.k_proj.weight": (keys, hidden),
-        "model.layers.0.self_attn.v_proj.weight": (keys, hidden),
-        "model.layers.0.self_attn.o_proj.weight": (hidden, queries),
-        "model.layers.0.post_attention_layernorm.weight": (hidden,),
-        "model.layers.0.mlp.gate_proj.weight": (width, hidden),
-        "model.layers.0.mlp.up_proj.weight": (width, hidden),
-        "model.layers.0.mlp.down_proj.weight": (hidden, width),
-    }
+_BLOCK: Final = "model.layers.0."
 
 
 def matmul_flops(parameters: int, tokens: int, attention_width: int) -> int:
@@ -46,10 +31,10 @@ def main(config_path: Path, tokens: int, repeats: int) -> None:
     config = json.loads(config_path.read_text("utf-8"))
     config["num_hidden_layers"] = 1
     model, rng = read_config(config), np.random.default_rng(0)
-    shapes = block_shapes(config)
     weights = {
         name: rng.standard_normal(shape, np.float32) / np.float32(shape[-1] ** 0.5)
-        for name, shape in shapes.items()
+        for name, shape in hf_tensors(model).items()
+        if name.startswith(_BLOCK)
     }
     hidden = rng.standard_normal((1, tokens, model.hidden_size))
     angles = rotary_angles(model, np.arange(tokens)[None])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import UsageError
+from harness.benchmarks.page_cache import files_of
 from harness.benchmarks.process import OURS, Run, run
 from harness.benchmarks.profile import Profile
 
@@ -59,14 +60,12 @@ class Workspace:
         directory: Empty, and removed by who made it.
         profile: What is measured.
         say: Told what is going on, a line at a time.
-        options: Options that a command of ours has, by command: `workers` may not be there yet.
         peer_python: The interpreter that Megatron-Bridge is installed in, perhaps.
     """
 
     directory: Path
     profile: Profile
     say: Callable[[str], None]
-    options: Mapping[str, frozenset[str]] = field(default_factory=dict)
     peer_python: str = OURS[0]
     _made: set[Path] = field(default_factory=set)
 
@@ -109,10 +108,6 @@ class Workspace:
         """Run a command within the time limit."""
         return run(command, timeout=self.profile.timeout, tree=tree)
 
-    def has(self, command: str, option: str) -> bool:
-        """Whether a command of ours has an option."""
-        return option in self.options.get(command, frozenset())
-
     def _make(self, target: Path, *arguments: str | Path) -> Path:
         if target not in self._made:
             self.say(f"making {target.name}")
@@ -127,7 +122,7 @@ class Workspace:
 
 def size_of(directory: Path) -> int:
     """Bytes of all files below."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files_of(directory))
 
 
 def check_space(directory: Path, needed: int) -> None:

@@ -42,7 +42,7 @@ def run(case: Case, bench: Bench) -> Finding:
         generated.tokens,
     )
     oracle = bench.oracle_continuation(case, generated)
-    return judge(generated, ranks[0], oracle, dtype=case.dtype, thresholds=bench.thresholds)
+    return judge(generated, ranks[0], oracle, dtype=case.dtype, thresholds=bench.limits(case))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,7 +42,7 @@ def run(case: Case, bench: Bench) -> Finding:
 def _judge(case: Case, bench: Bench, assembled: Assembled) -> Finding:
     truth, reference = bench.oracle_gradients(case), bench.reference_gradients(case)
     on_reference, on_loss, on_excess = (
-        bench.thresholds.get(name, case.dtype) for name in (REFERENCE_ERROR, LOSS, EXCESS)
+        bench.limits(case).get(name, case.dtype) for name in (REFERENCE_ERROR, LOSS, EXCESS)
     )
     errors, problems = tensor_errors(
         assembled.copies, reference.gradients, truth.gradients, floor=on_excess.floor

@@ -40,7 +40,7 @@ def _stages(case: Case, bench: Bench) -> Finding:
 
 def _sums(case: Case, bench: Bench) -> Finding:
     """Two sums in different order are each within the limit of the truth, so together twice it."""
-    threshold = bench.thresholds.get(EXCESS, case.dtype)
+    threshold = bench.limits(case).get(EXCESS, case.dtype)
     limit = 2 * threshold.limit
     reference = bench.reference_logits(case)
     ours, theirs = bench.megatron_logits(case), bench.megatron_logits(case, layout=BASE_LAYOUT)

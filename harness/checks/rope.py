@@ -38,7 +38,7 @@ def run(case: Case, bench: Bench) -> Finding:
     )  # fmt: skip
     problems += [problem for one in ranks for problem in one.problems]
     worst = max(ranks, key=lambda one: one.error_ulp)
-    limit = bench.thresholds.get(ROTATION, case.dtype)
+    limit = bench.limits(case).get(ROTATION, case.dtype)
     verdicts = {f"Megatron, {worst.where}": limit.verdict(worst.error_ulp)}
     pairs = 0
     if bench.detached_inv_freq(case) is None:  # a file of logits has frequencies, and no cosines

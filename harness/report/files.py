@@ -15,8 +15,12 @@ RANK_LOGS: Final = "ranks"
 """The folder of what each rank has logged."""
 
 
-def report_directory(directory: Path) -> Path:
+def report_directory(directory: Path, *, rank_logs: bool = False) -> Path:
     """Make a directory for reports, and see that they can be written there.
+
+    Args:
+        directory: Where they are to be.
+        rank_logs: Make the folder for those, too.
 
     Raises:
         UsageError: BR001, they cannot: said before hours are spent on what they are to hold.
@@ -25,7 +29,8 @@ def report_directory(directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe."):
             pass
-        (directory / RANK_LOGS).mkdir(exist_ok=True)
+        if rank_logs:
+            (directory / RANK_LOGS).mkdir(exist_ok=True)
         for path in directory.iterdir():
             if path.suffix in {".json", ".jsonl", ".xml", ".md", ".html"} and path.is_dir():
                 raise IsADirectoryError(0, "a report would take the place of a directory", path)

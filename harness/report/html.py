@@ -20,6 +20,7 @@ from harness.report.summary import (
     failures,
     gib,
     grid,
+    limit_unit,
     matrix_rows,
     short,
     worst_by_model,
@@ -82,6 +83,7 @@ def _environment() -> Environment:
     found.filters |= {
         "gib": gib,
         "short": short,
+        "limit_unit": limit_unit,
         "counted": counted,
         "number": number,
         "heat": _heat,

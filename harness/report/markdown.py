@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from harness.report.summary import by_check, by_layout, failures, gib, matrix_rows, short
+from harness.report.summary import (
+    by_check,
+    by_layout,
+    failures,
+    gib,
+    limit_unit,
+    matrix_rows,
+    short,
+)
 
 _SPECIAL: Final = re.compile(r"([\\`*_\[\]<>|#~])")
 _WORD: Final = {"passed": "PASSED", "failed": "FAILED", "incomplete": "INCOMPLETE"}
@@ -15,10 +23,10 @@ _WORD: Final = {"passed": "PASSED", "failed": "FAILED", "incomplete": "INCOMPLET
 def markdown(data: Mapping[str, Any], *, kill_matrix: Mapping[str, Any] | None = None) -> str:
     """Evidence as Markdown; with the kill matrix, if there is one."""
     parts = [
-        f"# {_WORD[data['verdict']]}: {_plain(data['counts'])}",
+        f"# {_WORD[data['verdict']]}: {plain(data['counts'])}",
         f"`{_code(' '.join(data['command']))}`, started {data['started']}, {data['seconds']:.0f} s",
         "## By model and check",
-        _table(*by_check(data)),
+        markdown_table(*by_check(data)),
     ]
     heat = by_layout(data)
     if heat.rows:
@@ -26,7 +34,7 @@ def markdown(data: Mapping[str, Any], *, kill_matrix: Mapping[str, Any] | None =
         parts += [
             "## Excess error of the logits by layout",
             "Largest distance from the float64 oracle, the reference's own being 1.",
-            _table(["model", *heat.columns], _rows(heat.rows, cells)),
+            markdown_table(["model", *heat.columns], _rows(heat.rows, cells)),
         ]
     broken = failures(data)
     if broken:
@@ -36,7 +44,7 @@ def markdown(data: Mapping[str, Any], *, kill_matrix: Mapping[str, Any] | None =
         parts += ["## Kill matrix", _matrix(kill_matrix)]
     parts += [
         "## Inputs",
-        _table(
+        markdown_table(
             ["model", "configuration", "weight files", "bytes"],
             [
                 [
@@ -49,10 +57,10 @@ def markdown(data: Mapping[str, Any], *, kill_matrix: Mapping[str, Any] | None =
             ],
         ),
         "## Limits",
-        _table(
+        markdown_table(
             ["limit", "dtype", "value", "unit"],
             [
-                [one["name"], one["dtype"], f"{one['limit']:g}", one["unit"]]
+                [one["name"], one["dtype"], f"{one['limit']:g}", limit_unit(one)]
                 for one in data["thresholds"]
             ],
         ),
@@ -63,8 +71,8 @@ def markdown(data: Mapping[str, Any], *, kill_matrix: Mapping[str, Any] | None =
 
 
 def _failure(case: Mapping[str, Any]) -> str:
-    lines = [f"- **{_plain(case['id'])}**: {_plain(case['summary'])}"]
-    lines += [f"  - {_plain(place)}" for place in case.get("places", ())]
+    lines = [f"- **{plain(case['id'])}**: {plain(case['summary'])}"]
+    lines += [f"  - {plain(place)}" for place in case.get("places", ())]
     return "\n".join(lines)
 
 
@@ -72,9 +80,9 @@ def _matrix(data: Mapping[str, Any]) -> str:
     survivors = data["survivors"]
     said = f"{len(data['faults'])} faults, {len(survivors)} survivors"
     if survivors:
-        said += f": {', '.join(_plain(name) for name in survivors)}"
+        said += f": {', '.join(plain(name) for name in survivors)}"
     rows = [[fault, *("x" if killed else "" for killed in row)] for fault, row in matrix_rows(data)]
-    return f"{said}\n\n{_table(['fault', *data['checks']], rows)}"
+    return f"{said}\n\n{markdown_table(['fault', *data['checks']], rows)}"
 
 
 def _made_with(data: Mapping[str, Any]) -> str:
@@ -86,23 +94,20 @@ def _made_with(data: Mapping[str, Any]) -> str:
         f"{hardware['cpu']}, {hardware['cores']} cores, {gib(hardware['memory_bytes'])}"
         + "".join(f", {name}" for name in hardware["gpus"])
     )
-    return "\n".join(f"- {_plain(item)}" for item in items)
+    return "\n".join(f"- {plain(item)}" for item in items)
 
 
 def _rows(names: Iterable[str], cells: Iterable[Sequence[str]]) -> list[list[str]]:
     return [[name, *row] for name, row in zip(names, cells, strict=True)]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    escaped = [
-        line if number == 1 else [_plain(cell) for cell in line]
-        for number, line in enumerate(lines)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of plain text."""
+    first, *rest = [[plain(cell) for cell in line] for line in (header, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (first, ["---"] * len(first), *rest))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Markdown takes for nothing else."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 

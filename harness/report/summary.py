@@ -42,6 +42,12 @@ class Grid:
     cells: Sequence[Sequence[Cell]]
 
 
+def limit_unit(threshold: Mapping[str, Any]) -> str:
+    """The unit of a limit, and up to which width of a model it holds as it stands."""
+    unit, width = str(threshold["unit"]), threshold.get("hidden_size")
+    return unit if width is None else f"{unit} up to hidden_size {width}"
+
+
 def cell_of(cases: Sequence[Mapping[str, Any]]) -> Cell:
     """Sum cases up; the worst one is what counts."""
     if not cases:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 import torch
+
+from harness.report.machine import usable_cores
 
 _PREFIXES: Final = (("scipy_openblas_", "64_"), ("openblas_", "64_"), ("openblas_", ""))
 
@@ -24,9 +25,7 @@ def cores_for_each(device: str = "cpu") -> int:
 
     Where a GPU runs the models they need one core to drive it, and the oracle may have the others.
     """
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return max(1, cores // 2 if device == "cpu" else cores - 1)
 
 

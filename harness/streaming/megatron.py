@@ -148,7 +148,6 @@ class Megatron:
         arena: Where the weights go.
         device: Where it is.
         fault: A deliberate mistake that its code is to have.
-        layers: As `bridge.model.build_model` takes them.
     """
 
     def __init__(
@@ -160,12 +159,10 @@ class Megatron:
         arena: Arena,
         device: DeviceName,
         fault: Fault,
-        layers: Literal["local", "te", "auto"] = "local",
     ) -> None:
         self._spec, self._mapping = spec, mapping
         self._dtype, self._arena = dtype, arena
         self._kind: DeviceName = device
-        self._layers: Literal["local", "te", "auto"] = layers
         self._fault = fault
         self._made: dict[object, Any] = {}
         self._part: Any = None
@@ -212,7 +209,7 @@ class Megatron:
                 self._made[key] = build_block(
                     spec,
                     params_dtype=self._dtype,
-                    layers=self._layers,
+                    layers="local",
                     device=self._kind,
                     pre_process=segment.part == "embedding",
                     post_process=segment.part == "head",
@@ -220,7 +217,7 @@ class Megatron:
         return self._made[key]
 
     def _fill(self, segment: Segment, source: HeldSource) -> None:
-        from bridge.model import local_parameters
+        from bridge.live_parameters import local_parameters
 
         wanted, held = self._mapping.names(segment), []
         for one in local_parameters([self._part], _ONE_RANK):

@@ -7,7 +7,6 @@ model. A segment stays until the one after it is asked for.
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -236,7 +235,7 @@ class ReadAhead:
         self._reads = [
             self._pool.submit(self._read, name, band, words[band.relative_to(box).slices])
             for name, box, words in held
-            for band in _row_bands(box)
+            for band in bands(box, max_elements=_BAND)
         ]
         return HeldSource(self._source, held), self._reads
 
@@ -270,14 +269,3 @@ def _buffer(nbytes: int, *, pinned: bool) -> np.ndarray[Any, np.dtype[np.uint8]]
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
-def _row_bands(box: Box) -> Iterator[Box]:
-    """Complete rows of the box, about `_BAND` elements at a time."""
-    if len(box.starts) < 2:
-        yield box
-        return
-    step = max(1, _BAND // math.prod(box.shape[1:]))
-    for start in range(box.starts[0], box.stops[0], step):
-        stop = min(start + step, box.stops[0])
-        yield Box((start, *box.starts[1:]), (stop, *box.stops[1:]))

@@ -16,7 +16,7 @@ import numpy as np
 
 from bridge.errors import UsageError
 from bridge.tiling import Box, Shape
-from harness.oracle import Absent, Architecture, Attention, Mlp, Replaced
+from harness.oracle import Architecture, Mlp
 from harness.probes import Ids
 from harness.toys import hf_tensors
 
@@ -70,7 +70,7 @@ class Segment:
         return self.part == "embedding" or (self.part == "ffn" and self.is_last)
 
     def __str__(self) -> str:
-        """As in a sentence: `the SwiGLU's columns 0 to 511, slice 1 of 3`."""
+        """As in a sentence: `the FFN sub-block, units 0-511 (slice 1 of 3)`."""
         if self.part == "embedding":
             return "the embedding"
         name = {"attention": "the attention sub-block", "ffn": "the FFN sub-block"}.get(
@@ -275,18 +275,3 @@ def _head(model: Architecture, most: int) -> Iterator[Segment]:
             slice_idx=number,
             num_slices=len(cuts),
         )
-
-
-def part_kind(model: Architecture, segment: Segment) -> str:
-    """What a segment is a part of: `attention`, `linear`, `no-op`, `SwiGLU 512`, `head` ..."""
-    if segment.layer_idx is None:
-        return segment.part
-    match model.blocks[segment.layer_idx][segment.part == "ffn"]:
-        case Attention(num_query_groups=groups):
-            return f"attention with {groups} query group{'s' if groups > 1 else ''}"
-        case Mlp(ffn_hidden_size=width):
-            return f"SwiGLU {width}"
-        case Replaced():
-            return "linear"
-        case Absent():
-            return "no-op"

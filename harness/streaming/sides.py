@@ -123,7 +123,7 @@ class Side:
         pieces = self.backend.ffn_slice(list(states.values()))
         for key, piece in zip(states, pieces, strict=True):
             self._sums[key] = piece if segment.is_first else self._sums[key] + piece
-            self.changes[key] = np.asarray(piece if isinstance(piece, np.ndarray) else piece.cpu())
+            self.changes[key] = self.backend.plain(piece)
         if segment.is_last:
             self.states = {
                 key: self.backend.added(state, self._sums.pop(key)) for key, state in states.items()

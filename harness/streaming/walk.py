@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from harness.block_states import judge_block, kind_of
+from harness.block_states import judge_block, kind_of, part_kind
 from harness.live_blocks import EMBEDDING
 from harness.oracle import Architecture
 from harness.probes import Probe
 from harness.streaming.reading import HeldSource
 from harness.streaming.record import PartError, Record, Store, relative_error
-from harness.streaming.segments import Segment, part_kind
+from harness.streaming.segments import Segment
 from harness.streaming.sides import Key, Side
 from harness.thresholds import Thresholds
 
@@ -152,7 +152,7 @@ class Walk:
                 truth.result()
                 began = time.monotonic()
                 if segment.layer_idx is not None:
-                    self._compare_part(number, segment)
+                    self._compare_part(number, segment, segment.layer_idx)
                 if segment.ends_block:
                     self._judge(segment)
                     if self.store is not None:
@@ -198,19 +198,18 @@ class Walk:
         side = self.sides.reference
         return side.backend.plain(side.states[number, mode])
 
-    def _compare_part(self, number: int, segment: Segment) -> None:
-        sides = self.sides
+    def _compare_part(self, number: int, segment: Segment, layer_idx: int) -> None:
+        sides, part = self.sides, self.model.blocks[layer_idx][segment.part == "ffn"]
         for idx, probe in enumerate(self.probes):
             forced: Key = (idx, "forced")
             truth = sides.truth.changes[forced]
             found = PartError(
                 name=str(segment),
-                kind=part_kind(self.model, segment),
+                kind=part_kind(part),
                 segment_idx=number,
                 candidate=relative_error(sides.ours.changes[forced], truth),
                 reference=relative_error(sides.reference.changes[idx, "free"], truth),
             )
-            layer_idx = EMBEDDING if segment.layer_idx is None else segment.layer_idx
             self.record.parts[probe.name].setdefault(layer_idx, []).append(found)
 
     def _judge(self, segment: Segment) -> None:

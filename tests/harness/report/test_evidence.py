@@ -161,6 +161,15 @@ def test_memory_is_that_of_this_process_and_of_what_it_starts() -> None:
     assert machine.hardware()["cores"] >= 1
 
 
+def test_cores_are_those_that_the_process_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's share of a machine; where the system does not tell, all."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 5, 7}, raising=False)
+    assert machine.usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert machine.usable_cores() == 64
+
+
 def test_a_report_that_cannot_be_written_leaves_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

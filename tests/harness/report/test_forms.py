@@ -94,6 +94,22 @@ def test_markdown_begins_with_the_verdict_and_no_text_of_ours_becomes_markup(
         assert len(columns) == 1
 
 
+def test_a_limit_says_up_to_which_width_of_a_model_it_holds(make_evidence: Make) -> None:
+    """And one that holds at any width says nothing of it, as evidence of old does."""
+    data, common = make_evidence(), {"measured": {"worst": 1}, "command": "it", "floor_ulp": 0.0}
+    data["thresholds"] = [
+        {"name": "wide", "dtype": "float32", "limit": 3.5, "unit": "ulp", **common, **width}
+        for width in ({"hidden_size": 1024}, {"hidden_size": None}, {})
+    ]
+    limits = markdown(data).partition("## Limits\n\n")[2].splitlines()[2:5]
+    with_width, *others = limits
+    assert with_width == r"| wide | float32 | 3.5 | ulp up to hidden\_size 1024 |"
+    assert others == ["| wide | float32 | 3.5 | ulp |"] * 2
+    page = html(data)
+    assert page.count("<td>ulp up to hidden_size 1024</td>") == 1
+    assert page.count("<td>ulp</td>") == 2
+
+
 def test_the_page_is_self_contained_and_well_formed(
     make_evidence: Make, kill_matrix: dict[str, Any]
 ) -> None:
@@ -226,4 +242,4 @@ def test_a_file_in_the_directorys_or_the_rank_logs_place_is_refused(tmp_path: Pa
         report_directory(tmp_path / "file")
     (tmp_path / "ranks").touch()
     with pytest.raises(UsageError, match="cannot write the report"):
-        report_directory(tmp_path)
+        report_directory(tmp_path, rank_logs=True)
