@@ -67,6 +67,8 @@ def bench(
 ) -> None:
     """Measure time and memory of conversion, loading and proof; ratios are to `cp -r`.
 
+    With --device cuda models are loaded, run and proved on a GPU, beside what the card can do.
+
     Every command runs in a process of its own, in turns with `cp`. A measurement that fails is
     reported, the rest runs, and the command exits with 3.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
-from harness.benchmarks import conversions, models
+from harness.benchmarks import conversions, gpu, models
 from harness.benchmarks.results import Measurement
 from harness.benchmarks.workspace import SetUpError, Workspace
 
@@ -18,6 +18,7 @@ GROUPS: Final[Mapping[str, Group]] = MappingProxyType(
         "import": conversions.measure_import,
         "export": conversions.measure_export,
         "load": models.measure_load,
+        "forward": gpu.measure_forward,
         "sizes": conversions.measure_sizes,
         "budgets": conversions.measure_budgets,
         "workers": conversions.measure_workers,

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import psutil
 
-from harness.benchmarks.process import OURS, Run
+from harness.benchmarks import gpu
+from harness.benchmarks.card import NO_GPU, PROGRAMS, has_gpu
+from harness.benchmarks.process import OURS
 from harness.benchmarks.profile import GIB, MAX_HELP_SECONDS, MAX_START_SECONDS
 from harness.benchmarks.results import Measurement, not_run
-from harness.benchmarks.trials import Trial, in_turns, measurement
+from harness.benchmarks.trials import Trial, failed, in_turns, measurement
 from harness.benchmarks.workspace import Workspace, size_of, variant
 
 _BESIDES: Final = 2 * GIB
 """Memory that a process with torch, Megatron-Core and a model needs besides the model."""
 
-_PROGRAMS: Final = "harness.benchmarks"
+_GPU_CASES: Final = (
+    *("--suite", "parity_gpu", "--allow-not-run", "transformer-engine"),
+    *("--select", "*/nano-8b/tp1-pp1/*/cuda", "--select", "*/nano-8b/tp1-pp1/*/cuda/te-unfused"),
+)
+"""A few of the suite's, by both kinds of layers."""
 
 
 def measure_load(work: Workspace) -> list[Measurement]:
-    """Hugging Face files straight into a GPTModel, against `cp -r` of the files."""
+    """Hugging Face files straight into a GPTModel, against `cp -r` of the files.
+
+    On a GPU against other things; see `gpu.measure_load`.
+    """
+    if work.profile.device == "cuda":
+        return gpu.measure_load(work)
     size = work.profile.main_size
     free = psutil.virtual_memory().available
     if free < size + _BESIDES:
         reason = f"{size / 1e9:.1f} GB of model and {free / 1e9:.1f} GB of memory available"
         return not_run("load", "load into GPTModel", reason)
-    hf, target, device = work.hf(size), work.directory / "copy", work.profile.device
+    hf, target = work.hf(size), work.directory / "copy"
     nbytes = size_of(hf)
     found = []
     copy = Trial(name="cp -r", command=("cp", "-r", hf, target), source=hf, target=target)
     load = Trial(
-        name=f"load into GPTModel on {device}",
-        command=(OURS[0], "-m", f"{_PROGRAMS}.trial_load", hf, "bfloat16", device),
+        name="load into GPTModel on cpu",
+        command=(OURS[0], "-m", f"{PROGRAMS}.trial_load", hf, "bfloat16", "cpu"),
         source=hf,
         details=lambda run: run.json() or {},
     )
@@ -72,17 +83,22 @@ def measure_startup(work: Workspace) -> list[Measurement]:
 
 
 def measure_parity(work: Workspace) -> list[Measurement]:
-    """Seconds of each case of the parity suite, by check."""
-    select = [part for one in work.profile.parity_select for part in ("--select", one)]
+    """Seconds of each case of the parity suite, by check; on a GPU of some cases of its own."""
+    cases = [part for one in work.profile.parity_select for part in ("--select", one)]
+    if work.profile.device == "cuda":
+        if not has_gpu():
+            return not_run("parity", "parity", NO_GPU)
+        cases = list(_GPU_CASES)
     work.say("running the parity suite")
-    run = work.run([*OURS, "parity", *select, "--format", "json"], tree=True)
+    run = work.run([*OURS, "parity", *cases, "--format", "json"], tree=True)
     evidence = run.json()
     if run.failure or evidence is None:
-        return [_failed("parity", "parity", run)]
+        return [failed("parity", "parity", run)]
     by_check: dict[str, list[float]] = {}
     for case in evidence["cases"]:
         if case["status"] == "passed":
-            by_check.setdefault(case["check"], []).append(case["seconds"])
+            kind = "" if case["layers"] == "local" else f", {case['layers']} layers"
+            by_check.setdefault(f"{case['check']}{kind}", []).append(case["seconds"])
     whole = Measurement(
         group="parity", name="the run", samples=[run.seconds],
         values={
@@ -112,13 +128,13 @@ def measure_oracle(work: Workspace) -> list[Measurement]:
     work.say("running the oracle")
     run = work.run(
         [
-            *(OURS[0], "-m", f"{_PROGRAMS}.trial_oracle", work.config(profile.main_size)),
+            *(OURS[0], "-m", f"{PROGRAMS}.trial_oracle", work.config(profile.main_size)),
             *(str(profile.oracle_tokens), str(profile.repeats)),
         ]
     )
-    found: dict[str, Any] | None = run.json()
+    found = run.json()
     if run.failure or found is None:
-        return [_failed("oracle", name, run)]
+        return [failed("oracle", name, run)]
     samples = found.pop("samples")
     values = {key: float(value) for key, value in found.items()}
     values["share_of_matmul"] = values["gflop_per_second"] / values["matmul_gflop_per_second"]
@@ -127,13 +143,18 @@ def measure_oracle(work: Workspace) -> list[Measurement]:
 
 
 def measure_stream(work: Workspace) -> list[Measurement]:
-    """`verify --stream` on a configuration with synthetic weights: all three sides, by block."""
+    """`verify --stream` on a configuration with synthetic weights: all three sides, by block.
+
+    On a GPU beside what it could do; see `gpu.measure_stream`.
+    """
+    if work.profile.device == "cuda":
+        return gpu.measure_stream(work)
     name = "verify --stream"
     config = work.config(work.profile.main_size)
     work.say("streaming")
     run = work.run([*OURS, "verify", "--config", config, "--stream", "--json"])
     if run.failure:
-        return [_failed("stream", name, run)]
+        return [failed("stream", name, run)]
     parameters = work.profile.main_size / 2
     values = {
         "parameters": parameters,
@@ -166,7 +187,7 @@ def measure_peer(work: Workspace) -> list[Measurement]:
     )  # fmt: skip
     first = work.run((python, program, "import", hf, made))  # what the export reads
     if first.failure:
-        return [_failed("peer", import_.name, first)]
+        return [failed("peer", import_.name, first)]
     trials = [copy, import_, export]
     outcomes = in_turns(work, trials, repeats=work.profile.repeats)
     nbytes = size_of(hf)
@@ -178,8 +199,3 @@ def measure_peer(work: Workspace) -> list[Measurement]:
         )
         for trial in trials
     ]  # fmt: skip
-
-
-def _failed(group: str, name: str, run: Run) -> Measurement:
-    reason = run.failure or "its output is no JSON"
-    return Measurement(group=group, name=name, status="failed", reason=reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,12 +58,16 @@ class Run:
         said = " | ".join(line for line in self.stderr.splitlines()[-_TAIL:] if line.strip())
         return f"exit code {self.exit_code}: {said or 'nothing on stderr'}"
 
-    def json(self) -> Any:  # noqa: ANN401 - whatever the command prints
-        """Its stdout, one JSON document; None where it is something else."""
-        try:
-            return json.loads(self.stdout)
-        except ValueError:
-            return None
+    def json(self) -> dict[str, Any] | None:
+        """The JSON object on its stdout; None without one.
+
+        Lines around it are of libraries that announce themselves.
+        """
+        for begin in re.finditer(r"^{", self.stdout, re.MULTILINE):
+            with contextlib.suppress(ValueError):
+                found: dict[str, Any] = json.JSONDecoder().raw_decode(self.stdout, begin.start())[0]
+                return found
+        return None
 
 
 def environment() -> dict[str, str]:

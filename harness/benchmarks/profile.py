@@ -32,7 +32,9 @@ class Profile:
         start_repeats: Runs of what is over at once.
         parity_select: Cases of the parity suite; none selects all.
         oracle_tokens: Tokens that go through one block of the oracle.
-        device: Where models are loaded.
+        device: Where models are loaded, run and proved.
+        forward_shapes: Batch and sequence of each forward pass.
+        forward_repeats: Passes of each model by shape.
         timeout: Seconds that any one command may take.
     """
 
@@ -45,6 +47,8 @@ class Profile:
     parity_select: Sequence[str] = ()
     oracle_tokens: int = 128
     device: Literal["cpu", "cuda"] = "cpu"
+    forward_shapes: Sequence[tuple[int, int]] = ((1, 2048), (8, 2048))
+    forward_repeats: int = 20
     timeout: float = 900.0
 
     @property

@@ -14,7 +14,9 @@ from harness.benchmarks.arithmetic import Line, fit, spread
 
 SCHEMA_VERSION: Final = 1
 NOISY: Final = 0.3
-"""A `cp` that varies by more than this share of its median tells of a busy machine."""
+"""A copy that varies by more than this share of its median tells of a busy machine."""
+_PLAIN: Final = ("cp", "read")
+"""How copies begin, which nothing of ours has a part in."""
 
 _SCHEMA: Final = Path(__file__).with_name("bench.schema.json")
 
@@ -48,7 +50,8 @@ class Measurement:
     Args:
         group: What `--only` calls it.
         name: What ran, such as `import --verify none`.
-        conditions: What it ran under: `size_bytes`, `cache`, `memory_budget_bytes`, `workers`.
+        conditions: What it ran under: `size_bytes`, `cache`, `memory_budget_bytes`, `workers`,
+            `batch`, `sequence`, `dtype`.
         status: `not run` is no failure, and has its reason.
         reason: Why there is no figure.
         samples: Seconds of each run.
@@ -105,14 +108,15 @@ def fits(measurements: Sequence[Measurement]) -> dict[str, Line]:
 
 def notes(measurements: Sequence[Measurement]) -> list[str]:
     """What a reader must know before believing a ratio."""
-    worst: dict[str, float] = {}
+    worst: dict[tuple[str, str], float] = {}
     for one in measurements:
-        if one.name.startswith("cp") and one.samples:
-            cache = str(one.conditions.get("cache", "warm"))
-            worst[cache] = max(worst.get(cache, 0.0), spread(one.samples))
+        for name in _PLAIN:
+            if one.name.startswith(name) and one.samples:
+                key = name, str(one.conditions.get("cache", "warm"))
+                worst[key] = max(worst.get(key, 0.0), spread(one.samples))
     return [
-        f"noisy machine: cp itself varied by up to {share:.0%} with a {cache} cache"
-        for cache, share in worst.items()
+        f"noisy machine: {name} itself varied by up to {share:.0%} with a {cache} cache"
+        for (name, cache), share in worst.items()
         if share > NOISY
     ]
 

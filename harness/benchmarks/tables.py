@@ -16,7 +16,20 @@ COLUMNS: Final = (
 )  # fmt: skip
 _RIGHT: Final = ("median", "spread", "GB/s", "x cp", "peak memory")
 
+
+def _flops(value: float) -> str:
+    """Of GFLOP/s, for people."""
+    return f"{value:.1f} GFLOP/s" if value < 10_000 else f"{value / 1000:.1f} TFLOP/s"
+
+
 _ALSO: Final[Mapping[str, Callable[[float], str]]] = {
+    "ratio_to_read": lambda value: f"{value:.2f} x read",
+    "ratio_to_load_file": lambda value: f"{value:.2f} x load_file",
+    "built_ratio_to_load_file": lambda value: f"with building {value:.2f} x load_file",
+    "share_of_host_copy": lambda value: f"{value:.0%} of the copy from pinned memory",
+    "ratio_to_hf": lambda value: f"{value:.2f} x Hugging Face",
+    "share_of_bound": lambda value: f"{_share(value)} of what is possible",
+    "share_of_copy": lambda value: f"{_share(value)} of the card's copy",
     "convert_seconds": lambda value: f"converting {value:.2f} s",
     "verify_seconds": lambda value: f"verifying {value:.2f} s",
     "verify_ratio_to_cp": lambda value: f"verifying {value:.2f} x cp",
@@ -33,9 +46,13 @@ _ALSO: Final[Mapping[str, Callable[[float], str]]] = {
     "parameters": lambda value: f"{value / 1e9:.3f} G parameters",
     "parameters_per_second": lambda value: f"{value / 1e6:.0f} M parameters/s",
     "token_parameters_per_second": lambda value: f"{value / 1e9:.2f} G tokens x parameters/s",
-    "gflop_per_second": lambda value: f"{value:.1f} GFLOP/s",
-    "matmul_gflop_per_second": lambda value: f"matmul {value:.1f} GFLOP/s",
-    "share_of_matmul": lambda value: f"{value:.0%} of matmul",
+    "tokens_per_second": lambda value: f"{value:.0f} tokens/s",
+    "gflop_per_second": _flops,
+    "matmul_gflop_per_second": lambda value: f"matmul {_flops(value)}",
+    "share_of_matmul": lambda value: f"{_share(value)} of matmul",
+    "share_of_host_matmul": lambda value: f"{_share(value)} of the host's matmul",
+    "float32_product_ulp": lambda value: f"products within {value:.1f} ulp",
+    "logits_difference": lambda value: f"logits differ by {value:.1e}",
 }
 _LIMITS: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
     "ratio_to_cp": ("time", lambda value: f"{value:.2f} x cp"),
@@ -84,11 +101,22 @@ def _conditions(found: Mapping[str, Any]) -> str:
         parts.append(f"budget {gib(found['memory_budget_bytes'])}")
     if "workers" in found:
         parts.append(f"--workers {found['workers']}")
+    if "batch" in found:
+        parts.append(f"{found['batch']} x {found['sequence']} tokens")
+    if "dtype" in found:
+        parts.append(str(found["dtype"]))
     return ", ".join(parts)
 
 
 def _seconds(value: float) -> str:
+    if value < 0.1:
+        return f"{value * 1e3:.1f} ms"
     return f"{value:.2f} s" if value < 100 else f"{value:.0f} s"
+
+
+def _share(value: float) -> str:
+    """In per cent; small ones with a digit more."""
+    return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
 def _number(value: float | None) -> str:
@@ -127,7 +155,12 @@ def machine(data: Mapping[str, Any]) -> list[str]:
     load = ", ".join(f"{one:.1f}" for one in hardware["load_average"])
     return [
         f"{hardware['cpu']}, {hardware['cores']} cores, {gib(hardware['memory_bytes'])}"
-        + "".join(f", {name}" for name in hardware["gpus"]),
+        + "".join(f", {name}" for name in hardware["gpus"])
+        + "".join(
+            f", {name} {hardware[key]}"
+            for name, key in (("driver", "gpu_driver"), ("CUDA", "cuda"))
+            if hardware.get(key)
+        ),
         f"{hardware['system']}, {hardware['filesystem']}, load {load} at the end",
         f"Python {environment['python']}, "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version),

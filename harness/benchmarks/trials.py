@@ -33,6 +33,7 @@ class Trial:
         target: What it makes; removed before and after each run.
         tree: It works in several processes.
         details: Figures that it printed itself.
+        counted: Which of these is its time, in seconds; none for that of the whole process.
     """
 
     name: str
@@ -41,21 +42,30 @@ class Trial:
     target: Path | None = None
     tree: bool = False
     details: Callable[[Run], Mapping[str, float]] = lambda _run: {}
+    counted: str = ""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """The runs of a trial so far; `problem` ends them."""
+    """The runs of a trial so far; `problem` ends them. `counted` is the trial's."""
 
+    counted: str = ""
     runs: list[Run] = field(default_factory=list)
     details: list[Mapping[str, float]] = field(default_factory=list)
     problem: str = ""
     could_run: bool = True
 
     @property
+    def samples(self) -> list[float]:
+        """Seconds of each run."""
+        if self.counted:
+            return [found[self.counted] for found in self.details]
+        return [run.seconds for run in self.runs]
+
+    @property
     def median(self) -> float | None:
         """Seconds; None without a run."""
-        return statistics.median(run.seconds for run in self.runs) if self.runs else None
+        return statistics.median(self.samples) if self.runs else None
 
 
 def in_turns(
@@ -69,7 +79,7 @@ def in_turns(
         repeats: How often.
         cache: Whether the sources' bytes are in the page cache when a command starts.
     """
-    outcomes = {trial.name: Outcome() for trial in trials}
+    outcomes = {trial.name: Outcome(counted=trial.counted) for trial in trials}
     for _ in range(repeats):
         for trial in trials:
             outcome = outcomes[trial.name]
@@ -93,8 +103,12 @@ def _once(work: Workspace, trial: Trial, outcome: Outcome, cache: Cache) -> None
     run = work.run(trial.command, tree=trial.tree)
     outcome.problem = run.failure
     if not outcome.problem:
-        outcome.runs.append(run)
-        outcome.details.append(trial.details(run))
+        details = trial.details(run)
+        if trial.counted and trial.counted not in details:
+            outcome.problem = f"it did not print {trial.counted}"
+        else:
+            outcome.runs.append(run)
+            outcome.details.append(details)
     _remove(trial.target)
 
 
@@ -134,7 +148,7 @@ def measurement(
         outcome: How it went.
         conditions: What it ran under.
         size: Bytes that it moved, for a rate.
-        references: The runs of `cp` that it is held against, by what they are called.
+        references: The runs that it is held against, such as those of `cp`, by name.
         limits: What values may be at most; `median_seconds` is one. Those it has not have none.
     """
     if outcome.problem:
@@ -142,10 +156,10 @@ def measurement(
             group=group, name=trial.name, conditions=conditions, reason=outcome.problem,
             status="failed" if outcome.could_run else "not run",
         )  # fmt: skip
-    samples = [run.seconds for run in outcome.runs]
+    samples = outcome.samples
     middle = statistics.median(samples)
     values = {"peak_rss_bytes": float(max(run.peak_rss for run in outcome.runs))}
-    for name in outcome.details[0]:
+    for name in outcome.details[0].keys() - {trial.counted}:
         values[name] = statistics.median(found[name] for found in outcome.details)
     if size is not None and middle:
         values["gb_per_second"] = size / middle / 1e9
@@ -165,3 +179,9 @@ def measurement(
             if name in has
         ],
     )  # fmt: skip
+
+
+def failed(group: str, name: str, run: Run) -> Measurement:
+    """A run that is no measurement, or whose output is no JSON."""
+    reason = run.failure or "its output is no JSON"
+    return Measurement(group=group, name=name, status="failed", reason=reason)

@@ -61,12 +61,14 @@ class Workspace:
         profile: What is measured.
         say: Told what is going on, a line at a time.
         peer_python: The interpreter that Megatron-Bridge is installed in, perhaps.
+        found: What trials have found that several groups hold theirs against, by trial.
     """
 
     directory: Path
     profile: Profile
     say: Callable[[str], None]
     peer_python: str = OURS[0]
+    found: dict[str, Any] = field(default_factory=dict)
     _made: set[Path] = field(default_factory=set)
 
     def config(self, size: int) -> Path:

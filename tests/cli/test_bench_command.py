@@ -145,3 +145,21 @@ def test_a_peer_that_is_not_installed_is_left_out(run: Run, tmp_path: Path) -> N
     found = run("bench", "--only", "peer", "--workdir", tmp_path)
     assert found.code == 0
     assert "not installed" in found.out
+
+
+def test_without_a_gpu_its_figures_are_left_out(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real groups: no failure, no checkpoint made, and the reason in the table."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    names = ["parity", "load", "forward", "stream"]
+    found = run(
+        "bench", "--only", ",".join(names), "--device", "cuda", "--workdir", tmp_path, "--json"
+    )
+    assert found.code == 0, found.err
+    data = json.loads(found.out)
+    assert {one["group"]: one["reason"] for one in data["measurements"]} == dict.fromkeys(
+        names, "no GPU"
+    )
+    assert data["machine"]["gpu_driver"] is None
+    assert "making" not in found.err

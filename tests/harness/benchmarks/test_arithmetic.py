@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harness.benchmarks.arithmetic import fit, spread
+from harness.benchmarks.arithmetic import StreamBounds, fit, forward_flops, spread
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,27 @@ def test_least_squares_by_hand() -> None:
 def test_two_sizes_make_no_line() -> None:
     """Any two points lie on one."""
     assert fit([1.0, 2.0, 2.0], [1.0, 2.0, 2.1]) is None
+
+
+def test_the_operations_of_a_forward_pass_by_hand() -> None:
+    """Two sequences of three tokens, seven parameters, two layers of width five.
+
+    2 * 7 * 6 for the weights. A causal square has half of 3 * 3 scores, each of which takes
+    2 * 5 operations, and as many again to mix: 2 * 90 in all, over sequences and layers.
+    """
+    found = forward_flops(parameters=7, batch=2, sequence=3, attention_width=5, num_layers=2)
+    assert found == 84 + 2 * 2 * 2 * 2 * 5 * 9 / 2
+
+
+def test_streaming_takes_what_its_slowest_part_takes() -> None:
+    """Six parameters and ten tokens: 96 bytes, three passes of 120 operations, and two."""
+    rates = {"bytes_per_second": 24.0, "flop_per_second": 36.0, "host_flop_per_second": 60.0}
+    found = StreamBounds.of(parameters=6, tokens=10, itemsize=4, **rates)
+    assert (found.memory, found.products, found.oracle) == (4.0, 10.0, 4.0)
+    assert found.largest == 10.0
+    slow = StreamBounds.of(
+        parameters=6, tokens=10, itemsize=4, **rates | {"host_flop_per_second": 20.0}
+    )
+    assert slow.largest == 12.0
+    far = StreamBounds.of(parameters=6, tokens=10, itemsize=4, **rates | {"bytes_per_second": 6.0})
+    assert far.largest == 16.0

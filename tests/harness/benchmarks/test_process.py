@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness.benchmarks.process import environment, run
+from harness.benchmarks.process import Run, environment, run
 
 MIB = 1 << 20
 
@@ -107,8 +107,19 @@ def _gone(pid: int) -> bool:
 
 
 def test_json_is_what_it_printed() -> None:
-    """One document."""
+    """One document, whatever a library has to say before and after it."""
     assert run(python("print('{\"a\": 1}')"), timeout=60).json() == {"a": 1}
+    noisy = Run(
+        seconds=1.0, exit_code=0, peak_rss=1,
+        stdout='[rank 0] {hello}\n{not json}\n{\n  "a": {\n    "b": [1]\n  }\n}\nbye\n',
+    )  # fmt: skip
+    assert noisy.json() == {"a": {"b": [1]}}
+
+
+@pytest.mark.parametrize("stdout", ["", "[1]", '{"a": ', 'a {"a": 1}'])
+def test_what_is_no_json_object_is_none(stdout: str) -> None:
+    """Cut short by a kill, or something else."""
+    assert Run(seconds=1.0, exit_code=0, peak_rss=1, stdout=stdout).json() is None
 
 
 def test_children_may_keep_their_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,10 @@ def test_a_cp_that_varies_tells_of_a_noisy_machine(measurements: list[Measuremen
     assert notes([one for one in measurements if one.name != "cp -r"]) == []
     calm = Measurement(group="sizes", name="cp -r", samples=(1.0, 1.0, 1.25))
     assert notes([calm]) == []
+    read = Measurement(
+        group="load", name="read, 4 at once", conditions={"cache": "cold"}, samples=(1.0, 2.0)
+    )
+    assert notes([read]) == ["noisy machine: read itself varied by up to 67% with a cold cache"]
 
 
 def test_what_was_not_run_says_why() -> None:

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from harness.benchmarks.plots import Curve, Plot, plots, steps
-from harness.benchmarks.tables import COLUMNS, markdown, print_results, rows, summary
+from harness.benchmarks.results import Measurement
+from harness.benchmarks.tables import COLUMNS, machine, markdown, print_results, rows, summary
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -44,6 +45,49 @@ def test_the_budget_is_part_of_the_row(data: dict[str, Any]) -> None:
     (row,) = [row for row in rows(data) if row[0] == "budgets"]
     assert row[2] == "8.00 GB, budget 0.12 GiB"
     assert row[-1] == "memory <= 0.62 GiB NOT MET"
+
+
+def test_a_forward_pass_says_what_ran_and_ratios_come_first(data: dict[str, Any]) -> None:
+    """Also where a share is small."""
+    row = Measurement(
+        group="forward", name="GPTModel, te layers",
+        conditions={"size_bytes": 2 * 10**9, "batch": 8, "sequence": 2048, "dtype": "bfloat16"},
+        samples=(0.25,),
+        values={
+            "tokens_per_second": 65536.0, "gflop_per_second": 412_000.0, "share_of_matmul": 0.516,
+            "share_of_host_matmul": 0.0042, "ratio_to_hf": 0.875, "logits_difference": 0.00912,
+        },
+    )  # fmt: skip
+    data["measurements"] = [row.to_dict()]
+    (cells,) = rows(data)
+    assert cells[2] == "2.00 GB, 8 x 2048 tokens, bfloat16"
+    assert cells[8] == (
+        "0.88 x Hugging Face, 65536 tokens/s, 412.0 TFLOP/s, 52% of matmul, "
+        "0.4% of the host's matmul, logits differ by 9.1e-03"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.00142, "1.4 ms"),
+        (0.0994, "99.4 ms"),
+        (0.1, "0.10 s"),
+        (99.9, "99.90 s"),
+        (100.0, "100 s"),
+    ],
+)
+def test_a_time_has_the_unit_that_shows_it(data: dict[str, Any], seconds: float, text: str) -> None:
+    """A matrix product takes milliseconds."""
+    data["measurements"] = [Measurement(group="g", name="n", samples=(seconds,)).to_dict()]
+    assert rows(data)[0][COLUMNS.index("median")] == text
+
+
+def test_a_gpu_is_named_with_its_driver_and_cuda(data: dict[str, Any]) -> None:
+    """Where there is one."""
+    assert machine(data)[0] == "A CPU, 2 cores, 16.00 GiB"
+    data["machine"] |= {"gpus": ["A GPU"], "gpu_driver": "580.1", "cuda": "13.0"}
+    assert machine(data)[0] == "A CPU, 2 cores, 16.00 GiB, A GPU, driver 580.1, CUDA 13.0"
 
 
 def test_the_summary_has_lines_noise_misses_and_counts(data: dict[str, Any]) -> None:

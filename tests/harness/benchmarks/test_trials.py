@@ -96,3 +96,30 @@ def test_a_measurement_sums_up_the_runs() -> None:
         ("ratio_to_cp", False),
         ("median_seconds", True),
     ]
+
+
+def test_a_trial_may_count_a_part_of_its_process(work: Workspace) -> None:
+    """What it printed as its time is its time, and no figure besides; the rest is as ever."""
+    trial = Trial(
+        name="load",
+        command=[sys.executable, "-I", "-S", "-c", 'print(\'{"load_seconds": 4, "more": 7}\')'],
+        details=lambda run: run.json() or {},
+        counted="load_seconds",
+    )
+    outcome = in_turns(work, [trial], repeats=2)["load"]
+    assert outcome.samples == [4, 4]
+    read = Outcome(counted="s", runs=[ran(9.0, 1)], details=[{"s": 2.0}])
+    found = measurement(
+        "load", trial, outcome, conditions={}, size=8 * 10**9, references={"read": read}
+    )
+    assert found.samples == [4, 4]
+    assert found.values.keys() == {"peak_rss_bytes", "more", "gb_per_second", "ratio_to_read"}
+    assert (found.values["gb_per_second"], found.values["ratio_to_read"]) == (2.0, 2.0)
+
+
+def test_a_trial_that_does_not_print_its_time_has_failed(work: Workspace) -> None:
+    """The time of its process stands for nothing."""
+    trial = Trial(name="a", command=["true"], counted="load_seconds")
+    outcome = in_turns(work, [trial], repeats=2)["a"]
+    found = measurement("load", trial, outcome, conditions={})
+    assert (found.status, found.reason) == ("failed", "it did not print load_seconds")
