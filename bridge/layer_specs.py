@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from typing import Any, Literal
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Literal
 
 import torch
 
-from bridge.errors import EnvironmentMissingError
-from bridge.megatron_config import Layers
+from bridge.errors import EnvironmentMissingError, UsageError
+from bridge.megatron_config import AttentionBackend, Layers
 from bridge.spec import ModelSpec, Stage
+
+# What Megatron-Core writes into the environment for each backend (megatron-core 0.16.1
+# `LanguageModule._set_attention_backend`), and Transformer Engine reads at every forward pass.
+_NAMES: Final = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+_VALUES: Final[Mapping[AttentionBackend, str]] = {
+    "auto": "111",
+    "flash": "100",
+    "fused": "010",
+    "unfused": "001",
+}
 
 
 class TokenwiseRMSNorm(torch.nn.RMSNorm):
@@ -40,6 +53,45 @@ def choose_layers(layers: Layers | Literal["auto"], device: str) -> Layers:
     if layers == "auto":
         return "te" if installed and device == "cuda" else "local"
     return layers
+
+
+@contextlib.contextmanager
+def attention_environment(layers: Layers, backend: AttentionBackend) -> Iterator[None]:
+    """Build models in here: Megatron-Core pins the process's attention backend as it does so.
+
+    Local layers read none of it and leave the environment as it was. Of Transformer Engine's
+    layers a process has one backend, for an earlier model would silently change its kernels with
+    a later one.
+
+    Raises:
+        UsageError: BR001, the environment has another backend already.
+    """
+    before = {name: os.environ.get(name) for name in _NAMES}
+    if layers == "te":
+        wanted = dict(zip(_NAMES, _VALUES[backend], strict=True))
+        odd = [
+            f"{name}={value}"
+            for name, value in before.items()
+            if value is not None and value != wanted[name]
+        ]
+        if odd:
+            raise UsageError(
+                f"this process computes attention with another backend than {backend!r}",
+                where=odd,
+                hint="a process has one attention backend: use another process, or unset these "
+                "variables if they were set outside",
+            )
+        yield
+        return
+    for name in before:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def block_submodules(

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 Layers = Literal["local", "te"]
 """Megatron-Core's own layers, which run anywhere, or Transformer Engine's."""
+AttentionBackend = Literal["auto", "unfused", "fused", "flash"]
+"""Transformer Engine's attention: plain PyTorch, cuDNN's kernels, flash-attn's, or its own choice.
+
+The first is the only one for float32. Local layers have one attention, and it is none of these.
+"""
 
 # Megatron's names of a block's two counts -> the Hugging Face names of the same counts, so that
 # one reader judges the blocks of both.
@@ -46,6 +51,7 @@ def transformer_config(
     *,
     params_dtype: str,
     layers: Layers = "local",
+    attention_backend: AttentionBackend = "auto",
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> TransformerConfig:
     """Build Megatron-Core's configuration of a model under a layout.
@@ -59,6 +65,7 @@ def transformer_config(
         params_dtype: torch's name of the dtype to hold and compute in.
         layers: Local layers may be asked for sequence parallelism too: `bridge.layer_specs` brings
             the norm that Megatron's local one refuses to be there.
+        attention_backend: Of Transformer Engine's layers.
         device: Where the weights will live.
 
     Returns:
@@ -114,11 +121,9 @@ def transformer_config(
         "cross_entropy_loss_fusion": False,
     }
     if layers == "te":
-        # Transformer Engine picks the attention kernel; `auto` is the only choice that does not
-        # pin NVTE_* variables which a later model in the same process would trip over.
         from megatron.core.transformer.enums import AttnBackend
 
-        fields["attention_backend"] = AttnBackend.auto
+        fields["attention_backend"] = AttnBackend[attention_backend]
     if not spec.heterogeneous_block_specs:
         return TransformerConfig(**fields)
     return HeterogeneousTransformerConfig(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bridge.layer_specs import block_submodules, choose_layers
-from bridge.megatron_config import Layers, transformer_config
+from bridge.layer_specs import attention_environment, block_submodules, choose_layers
+from bridge.megatron_config import AttentionBackend, Layers, transformer_config
 from bridge.pipeline import refuse_broken_layout
 from bridge.rotary import PositionedRotaryEmbedding, inv_freq
 from bridge.spec import ModelSpec, ParallelLayout, Stage
@@ -28,6 +28,7 @@ def build_model(
     *,
     params_dtype: str,
     layers: Layers | Literal["auto"] = "auto",
+    attention_backend: AttentionBackend = "auto",
     device: Literal["cpu", "cuda"] = "cpu",
 ) -> list[GPTModel]:
     """Build the calling rank's stages, weights uninitialised.
@@ -40,6 +41,7 @@ def build_model(
         params_dtype: torch's name of the dtype to hold and compute in.
         layers: Megatron-Core's local layers, Transformer Engine's, or the latter where they are
             installed and there is a GPU.
+        attention_backend: Of Transformer Engine's layers; a process has one.
         device: Where the weights go.
 
     Returns:
@@ -49,6 +51,7 @@ def build_model(
     Raises:
         LayoutError: BR200 or BR201, the layout does not fit the model.
         EnvironmentMissingError: BR500, Transformer Engine is asked for and not there.
+        UsageError: BR001, the process already has another attention backend.
     """
     from megatron.core import parallel_state
 
@@ -56,10 +59,12 @@ def build_model(
     refuse_broken_layout(spec, layout)
     chosen = choose_layers(layers, device)
     config = transformer_config(
-        spec, layout, params_dtype=params_dtype, layers=chosen, device=device
-    )
+        spec, layout, params_dtype=params_dtype, layers=chosen,
+        attention_backend=attention_backend, device=device,
+    )  # fmt: skip
     stages = layout.stages_of(parallel_state.get_pipeline_model_parallel_rank())
-    return [_build_part(spec, layout, config, stage, chosen) for stage in stages]
+    with attention_environment(chosen, attention_backend):
+        return [_build_part(spec, layout, config, stage, chosen) for stage in stages]
 
 
 def build_block(
@@ -67,6 +72,7 @@ def build_block(
     *,
     params_dtype: str,
     layers: Layers | Literal["auto"] = "auto",
+    attention_backend: AttentionBackend = "auto",
     device: Literal["cpu", "cuda"] = "cpu",
     pre_process: bool = False,
     post_process: bool = False,
@@ -79,6 +85,7 @@ def build_block(
         spec: A model of this one block. Its vocabulary is not padded.
         params_dtype: As `build_model` takes it.
         layers: As `build_model` takes it.
+        attention_backend: As `build_model` takes it.
         device: As `build_model` takes it.
         pre_process: Put the embedding before it.
         post_process: Put the final norm and the output layer behind it.
@@ -89,6 +96,7 @@ def build_block(
 
     Raises:
         EnvironmentMissingError: BR500, Transformer Engine is asked for and not there.
+        UsageError: BR001, the process already has another attention backend.
     """
     layout = ParallelLayout(num_layers_per_stage=(spec.num_layers,), make_vocab_size_divisible_by=1)
     stage = Stage(
@@ -100,9 +108,11 @@ def build_block(
     )
     chosen = choose_layers(layers, device)
     config = transformer_config(
-        spec, layout, params_dtype=params_dtype, layers=chosen, device=device
-    )
-    return _build_part(spec, layout, config, stage, chosen)
+        spec, layout, params_dtype=params_dtype, layers=chosen,
+        attention_backend=attention_backend, device=device,
+    )  # fmt: skip
+    with attention_environment(chosen, attention_backend):
+        return _build_part(spec, layout, config, stage, chosen)
 
 
 def _build_part(

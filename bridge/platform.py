@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform as host
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -61,6 +62,43 @@ def prepare(device: Device = "cpu") -> torch.device:
     return torch.device("cpu")
 
 
+def forbid_tf32() -> None:
+    """Let float32 products on GPUs be float32's, Transformer Engine's and cuBLAS's own included.
+
+    Transformer Engine asks cuBLAS for TF32, ten bits of a factor instead of 23, whatever torch is
+    told; the libraries obey a variable that they read when they start. So call this before anything
+    touches a GPU: in this process, or in the parent of those that do.
+    """
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def float32_product_error(size: int = 256) -> dict[str, float]:
+    """How exact float32 products on this GPU are, measured: rms error over rms, in ulp of float32.
+
+    Returns:
+        By who multiplies: "torch", and "transformer-engine" where that is loaded. About 2 to 5
+        in float32, thousands in TF32.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    left, right = (torch.randn(size, size, generator=generator) for _ in range(2))
+    exact = left.double() @ right.double().t()
+    products = {"torch": left.cuda() @ right.cuda().t()}
+    if "transformer_engine" in sys.modules:
+        import transformer_engine.pytorch as te
+
+        linear = te.Linear(size, size, bias=False, params_dtype=torch.float32, device="cuda")
+        with torch.no_grad():
+            linear.weight.copy_(right)
+            products["transformer-engine"] = linear(left.cuda())
+    unit = exact.square().mean().sqrt() * torch.finfo(torch.float32).eps
+    return {
+        name: float((found.cpu().double() - exact).square().mean().sqrt() / unit)
+        for name, found in products.items()
+    }
+
+
 def _current_device() -> torch.device:
     return torch.device("cpu")
 
@@ -79,12 +117,14 @@ def initialize(
     device: Device = "cpu",
     timeout: timedelta = _TIMEOUT,
     seed: int = _SEED,
+    local_rank: int | None = None,
+    local_world_size: int | None = None,
 ) -> torch.device:
     """Join `world_size` ranks and form Megatron-Core's groups for a layout.
 
     Ranks are laid out as Megatron does, TP innermost, PP outermost; with more ranks than the
-    layout needs the rest is data parallel. All ranks are taken to be on this host; they share its
-    GPUs in turn where there are fewer, over gloo then, because NCCL refuses shared devices.
+    layout needs the rest is data parallel. Ranks of a host share its GPUs in turn where there are
+    fewer, over gloo then, because NCCL refuses shared devices.
 
     Args:
         rank: This process's.
@@ -96,6 +136,8 @@ def initialize(
         device: "cpu" or "cuda".
         timeout: For every collective.
         seed: Of torch's generator and Megatron's.
+        local_rank: This process's among those of its host; None where all ranks are on it.
+        local_world_size: How many there are on a host, the same for all ranks; None likewise.
 
     Returns:
         This rank's device.
@@ -112,9 +154,10 @@ def initialize(
     mine = prepare(device)
     backend = "gloo"
     if device == "cuda":
-        mine = torch.device("cuda", rank % torch.cuda.device_count())
+        num_gpus = torch.cuda.device_count()
+        mine = torch.device("cuda", (rank if local_rank is None else local_rank) % num_gpus)
         torch.cuda.set_device(mine)
-        if world_size <= torch.cuda.device_count():
+        if min(world_size, local_world_size or world_size) <= num_gpus:
             backend = "nccl"
     torch.distributed.init_process_group(
         backend,

@@ -83,6 +83,47 @@ def test_the_same_processes_form_one_layout_after_another(tmp_path: Path) -> Non
         ], log
 
 
+@pytest.mark.parametrize(
+    ("rank", "world_size", "place", "device", "backend"),
+    [
+        (3, 4, (None, None), 3, "nccl"),
+        (9, 16, (1, 8), 1, "nccl"),
+        (1, 2, (1, 16), 1, "nccl"),
+        (5, 8, (1, 4), 1, "nccl"),
+        (9, 16, (9, 16), 1, "gloo"),
+        (9, 16, (None, None), 1, "gloo"),
+    ],
+)
+def test_a_rank_takes_the_gpu_of_its_place_and_nccl_where_nobody_shares_one(
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    world_size: int,
+    place: tuple[int | None, int | None],
+    device: int,
+    backend: str,
+) -> None:
+    """Eight GPUs to a host: on two of them, as a part of one, and too few on one."""
+    joined: list[str] = []
+    taken: list[torch.device] = []
+
+    def join(backend: str, **_options: object) -> None:
+        joined.append(backend)
+        raise InterruptedError
+
+    monkeypatch.setattr(platform, "prepare", lambda _device: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    layout = ParallelLayout(tensor_model_parallel_size=2, num_layers_per_stage=(1,))
+    with pytest.raises(InterruptedError):
+        platform.initialize(
+            rank, world_size, layout, device="cuda", local_rank=place[0],
+            local_world_size=place[1],
+        )  # fmt: skip
+    assert taken == [torch.device("cuda", device)]
+    assert joined == [backend]
+
+
 def test_ranks_that_do_not_fill_the_layout_are_refused() -> None:
     """Before anything waits for anyone."""
     with pytest.raises(LayoutError, match="3 ranks for layout tp1-pp2 of 2"):
