@@ -1,7 +1,9 @@
 """The project's jobs: `nox -s parity` is the main one, `nox -l` lists the rest.
 
 All sessions share one virtual environment under `.nox/env`, built from `.ci/constraints.txt` and
-rebuilt when that file or the dependencies change: torch is too big to install four times.
+rebuilt when that file or the dependencies change: torch is too big to install four times. Where
+torch and Transformer Engine are there already, in a container say, NEMOTRON_BRIDGE_PYTHON names
+the interpreter that has them, and nothing is installed.
 """
 
 from __future__ import annotations
@@ -26,6 +28,12 @@ STAMP = ENVIRONMENT / "inputs.sha256"
 
 def environment(session: nox.Session) -> str:
     """Build or reuse the shared environment; the path of its interpreter."""
+    given = os.environ.get("NEMOTRON_BRIDGE_PYTHON")
+    if given:
+        session.env["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+        return given
     python = ENVIRONMENT / "bin" / "python"
     inputs = [(ROOT / name).read_bytes() for name in (".ci/constraints.txt", "pyproject.toml")]
     wanted = hashlib.sha256(b"\0".join([sys.version.encode(), *inputs])).hexdigest()
@@ -47,6 +55,39 @@ def parity(session: nox.Session) -> None:
     """Convert a toy of every variant, convert it back, and compare with the real Megatron-Core."""
     python = environment(session)
     session.run(python, "-m", "harness", "parity", *session.posargs)
+
+
+@nox.session
+def parity_gpu(session: nox.Session) -> None:
+    """Run the checks on GPUs, by Megatron-Core's and by Transformer Engine's layers."""
+    python = environment(session)
+    session.run(python, "-m", "harness", "parity", "--suite", "parity_gpu", *session.posargs)
+
+
+@nox.session
+def full_size(session: nox.Session) -> None:
+    """Synthesize, import and verify at full size on GPUs (default: Nano-4B and Nano-8B)."""
+    python = environment(session)
+    session.env.pop("OMP_NUM_THREADS", None)  # the oracle computes with every core
+    names = session.posargs or [
+        "Llama-3.1-Nemotron-Nano-4B-v1.1",
+        "Llama-3.1-Nemotron-Nano-8B-v1",
+    ]
+    for name in names:
+        config, directory = (
+            ROOT / "suites" / "variants" / f"{name}.json",
+            Path("out/full-size") / name,
+        )
+        hf, megatron = str(directory / "hf"), str(directory / "megatron")
+        main = (python, "-m", "harness")
+        session.run(*main, "synthesize", "--config", str(config), "--hf-path", hf, "--overwrite")
+        session.run(*main, "import", "--hf-model", hf, "--megatron-path", megatron, "--overwrite")
+        session.run(
+            *(*main, "verify", "--hf-model", hf, "--megatron-path", megatron, "--device", "cuda"),
+            *("--dtype", "bfloat16", "--no-stream", "--layouts", "tp1-pp1"),
+            *("--checks", "config,round_trip,rope,logits,blocks,generation"),
+            *("--report", str(directory / "report")),
+        )
 
 
 @nox.session
@@ -82,7 +123,7 @@ def property_(session: nox.Session) -> None:
     """Run the property-based tests; the profile comes from HYPOTHESIS_PROFILE (default ci)."""
     python = environment(session)
     session.env.setdefault("HYPOTHESIS_PROFILE", os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-    session.run(python, "-m", "pytest", "tests/property", *session.posargs)
+    session.run(python, "-m", "pytest", "-n", "2", "tests/property", *session.posargs)
 
 
 @nox.session

@@ -20,7 +20,7 @@ from harness.checks import CHECKS
 from harness.replay import MODEL_NAME, Replay, save_replay, write_model
 from harness.runner import in_running_order, run_case
 from harness.samples import Sample, draw_samples
-from harness.suite import Case
+from harness.suite import ON_CPU, Case, Compute
 from harness.workers import over_benches
 
 CHECKED: Final = tuple(name for name in CHECKS if name != "golden")
@@ -73,7 +73,7 @@ def run_alarms(
     *,
     start: int = 0,
     checks: Sequence[str] = (),
-    device: str = "cpu",
+    compute: Compute = ON_CPU,
     workers: int | None = None,
     timeout: float = 120.0,
     on_model: Callable[[int, Sequence[Alarm]], None] = lambda _done, _alarms: None,
@@ -84,7 +84,7 @@ def run_alarms(
         count: How many models.
         start: Another number draws other models.
         checks: Names; none for all that need nothing on record.
-        device: Where ranks run.
+        compute: In what, where, and by which layers.
         workers: Processes; see `over_benches`.
         timeout: Seconds a case may take.
         on_model: Called as each model ends, with how many have and its alarms.
@@ -96,7 +96,7 @@ def run_alarms(
     for model in models:
         for feature in sorted(model.features):
             features[feature] = features.get(feature, 0) + 1
-    arguments = [(number, model, looking, device) for number, model in enumerate(models)]
+    arguments = [(number, model, looking, compute) for number, model in enumerate(models)]
     alarms: list[Alarm] = []
     cases = 0
     ended = over_benches(run_model, arguments, workers=workers, timeout=timeout)
@@ -114,7 +114,7 @@ def run_alarms(
 
 
 def run_model(
-    bench: Bench, number: int, sample: Sample, checks: Sequence[str], device: str
+    bench: Bench, number: int, sample: Sample, checks: Sequence[str], compute: Compute
 ) -> tuple[int, list[Alarm]]:
     """Run one model through the checks; how many cases, and its alarms."""
     root = Path(tempfile.mkdtemp(prefix="alarm-", dir=bench.workdir))
@@ -122,7 +122,7 @@ def run_model(
     try:
         path = write_model(sample.config, root / "model" / "hf", seed=sample.seed)
         mine = bench.beside(root, {MODEL_NAME: Subject(name=MODEL_NAME, hf=path)})
-        cases = in_running_order(_cases(sample, checks, device))
+        cases = in_running_order(_cases(sample, checks, compute))
         for case in cases:
             result = run_case(case, mine)
             if result.status != "passed":
@@ -131,7 +131,8 @@ def run_model(
                         number=number,
                         replay=Replay(
                             check=case.check, layout=case.layout, probe=case.probe,
-                            dtype=case.dtype, seed=sample.seed, device=device,
+                            dtype=case.dtype, seed=sample.seed, device=case.device,
+                            layers=case.layers,
                         ),
                         config=dict(sample.config),
                         summary=f"{result.status}: {result.summary}\n{result.traceback}".rstrip(),
@@ -142,15 +143,13 @@ def run_model(
     return len(cases), alarms
 
 
-def _cases(sample: Sample, checks: Sequence[str], device: str) -> list[Case]:
+def _cases(sample: Sample, checks: Sequence[str], compute: Compute) -> list[Case]:
     return [
-        Case(
-            check=name,
-            model=MODEL_NAME,
-            dtype="float32",
+        compute.case(
+            name,
+            MODEL_NAME,
             layout=sample.layout if "layout" in CHECKS[name].axes else None,
             probe=probe,
-            device=device,
         )
         for name in checks
         for probe in (

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bridge.errors import BridgeError
+from bridge.platform import forbid_tf32
 from harness import block_states, live, localize
 from harness.block_states import BlockJudgement, Witnesses
 from harness.compare import oracle_weights
@@ -56,7 +57,7 @@ class Bench(Workbench):
             return hf_logits(self.hf_model(case), probe.input_ids, probe.position_ids)
 
         return self._once(
-            "reference", path, case.dtype, probe.name, make=compute,
+            "reference", path, case.dtype, case.device, probe.name, make=compute,
             spoilt=self.fault.reference is not None,
         )  # fmt: skip
 
@@ -104,13 +105,17 @@ class Bench(Workbench):
                     where=str(path),
                     hint="what needs the model itself, and not its logits, is not checked",
                 ) from error
+            if case.device == "cuda":
+                forbid_tf32()
+                found = found.to("cuda")  # dtypes stay: rotary frequencies are float32 always
             if self.fault.reference is not None:
                 self.fault.reference(found)
             return found
 
         return self._once(
-            "hf model", path, case.dtype, make=load, spoilt=self.fault.reference is not None
-        )
+            "hf model", path, case.dtype, case.device, make=load,
+            spoilt=self.fault.reference is not None,
+        )  # fmt: skip
 
     def oracle_config(self, case: Case) -> dict[str, Any]:
         """The configuration as the oracle is given it."""
@@ -159,7 +164,7 @@ class Bench(Workbench):
         """What the Hugging Face model goes on to say, decoding with its cache."""
         path = self.checkpoint(case)
         return self._once(
-            "generated", path, case.dtype,
+            "generated", path, case.dtype, case.device,
             make=lambda: hf_greedy(self.hf_model(case), prompts_of(self.probe(case, "short"))),
             spoilt=self.fault.reference is not None,
         )  # fmt: skip
@@ -188,7 +193,7 @@ class Bench(Workbench):
             return hf_loss_and_gradients(self.hf_model(case), probe.input_ids, probe.position_ids)
 
         return self._once(
-            "reference gradients", path, case.dtype, probe.name, make=compute,
+            "reference gradients", path, case.dtype, case.device, probe.name, make=compute,
             spoilt=self.fault.reference is not None,
         )  # fmt: skip
 
@@ -213,7 +218,7 @@ class Bench(Workbench):
     def witnesses(self, case: Case) -> Witnesses:
         """The reference's and the oracle's state after every block, on the case's probe."""
         return self._once(
-            "witnesses", self.checkpoint(case), case.dtype, case.probe,
+            "witnesses", self.checkpoint(case), case.dtype, case.device, case.probe,
             make=lambda: block_states.witnesses(case, self),
             spoilt=self.fault.reference is not None or self.fault.oracle is not None,
         )  # fmt: skip
@@ -237,6 +242,17 @@ class Bench(Workbench):
             return found[0]
 
         return self._once("logits", request, probe.name, make=compute, spoilt=self.spoils_ranks)
+
+    def counting_difference(self, case: Case) -> float:
+        """How far Megatron's logits move when it is told positions instead of counting them.
+
+        Only where the case's probe counts from 0; see `live.counting_difference`.
+        """
+        request, probe = self.request(case), self.probe(case)
+        found: list[float] = self.run(
+            case, request.layout, live.counting_difference, request, probe.input_ids
+        )
+        return max(found)
 
     def block_judgements(self, case: Case) -> list[BlockJudgement]:
         """The embedding and every block of Megatron on the case's probe, judged."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Collection
@@ -26,8 +27,8 @@ from bridge.cli_options import (
 )
 from bridge.errors import BridgeError, LayoutError, UsageError
 from harness import cli_bench, cli_diff, cli_faults, cli_golden, cli_replay, cli_stream
-from harness.cli_run import Format, Report, Resume, finish, print_ids, run_and_report
-from harness.cli_tools import DeviceName, DtypeName, Timeout
+from harness.cli_run import Format, Report, Resume, Workdir, finish, print_ids, run_and_report
+from harness.cli_tools import DeviceName, DtypeName, LayersName, Timeout
 
 if TYPE_CHECKING:
     from bridge.spec import ModelSpec
@@ -42,6 +43,8 @@ ListOnly = Annotated[
 ]
 _COMMANDS = (cli_bench, cli_diff, cli_faults, cli_golden, cli_replay)
 """Modules that add commands of their own."""
+_ON_RANKS = ("parity", "verify")
+"""Commands that torchrun's processes are ranks for; conversions share work by `bridge.crew`."""
 _DEFAULT_LAYOUTS = ("tp1-pp1", "tp2-pp1", "tp1-pp2")
 
 
@@ -59,6 +62,7 @@ def verify(
     stream: cli_stream.Stream = None,
     blocks: cli_stream.StreamedBlocks = None,
     memory_budget: cli_stream.StreamBudget = "4GiB",
+    resident: cli_stream.Resident = False,
     layouts: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +73,7 @@ def verify(
     ] = None,
     dtype: DtypeName = "float32",
     device: DeviceName = "cpu",
+    layers: LayersName = "auto",
     checks: Annotated[
         str | None,
         typer.Option("--checks", help="Comma-separated, such as config,logits; all by default."),
@@ -95,6 +100,7 @@ def verify(
     timeout: Timeout = 1800.0,
     list_only: ListOnly = False,
     json_: Json = False,
+    workdir: Workdir = None,
     report: Report = None,
     resume: Resume = False,
     form: Format = "text",
@@ -111,6 +117,7 @@ def verify(
     """
     from bridge.convert import read_spec
     from harness.runner import NO_REFERENCE, STREAMED
+    from harness.suite import Compute, layers_named
     from harness.suite import select as select_cases
     from harness.verification import (
         checks_named,
@@ -121,20 +128,24 @@ def verify(
 
     wanted = checks_named(checks)
     streaming = cli_stream.StreamOptions(
-        config=config, seed=seed, stream=stream, blocks=blocks, memory_budget=memory_budget
-    )
+        config=config, seed=seed, stream=stream, blocks=blocks, memory_budget=memory_budget,
+        resident=resident,
+    )  # fmt: skip
     path = cli_stream.resolved(hf_model, streaming, revision, megatron=megatron_path)
     spec = read_spec(path, carry=carry or ())
     odd = cli_stream.unstreamable(
-        layouts=layouts, trust_remote_code=trust_remote_code, reference_logits=reference_logits
-    )
+        layouts=layouts, layers=layers, resident=resident, trust_remote_code=trust_remote_code,
+        reference_logits=reference_logits,
+    )  # fmt: skip
     is_streamed = cli_stream.is_streamed(
         streaming, spec, dtype=dtype, device=device, wants_whole=bool(odd)
     )
+    kind = layers_named(layers, device)
     if is_streamed:
+        kind = kind if resident else "local"
         cli_stream.refuse(odd)
         cli_stream.refuse_unanswerable(wanted, paired=megatron_path is not None)
-    names = (cli_stream.LAYOUT,) if is_streamed else _layout_names(spec, layouts)
+    names = _layout_names(spec, layouts if resident or not is_streamed else "tp1-pp1")
     if config is None:
         _account_for(path, megatron_path, carry=carry or ())
     subject = _subject(path, megatron_path, trust_remote_code=trust_remote_code, carry=carry or ())
@@ -143,8 +154,8 @@ def verify(
     if input_ is not None:
         subject = with_input(subject, input_, spec)
     cases = verification_cases(
-        subject.name, checks=wanted, layouts=names, dtype=dtype, device=device,
-        has_input=input_ is not None,
+        subject.name, checks=wanted, layouts=names, has_input=input_ is not None,
+        compute=Compute(dtype=dtype, device=device, layers=kind),
     )  # fmt: skip
     chosen = select_cases(cases, select or ())
     if list_only:
@@ -154,8 +165,8 @@ def verify(
         subject = with_references(subject, reference_logits, spec, dtype=dtype)
     finish(
         run_and_report(
-            chosen, {subject.name: subject}, timeout=timeout, report_dir=report, resume=resume,
-            form="json" if json_ else form,
+            chosen, {subject.name: subject}, timeout=timeout, workdir=workdir, report_dir=report,
+            resume=resume, form="json" if json_ else form,
             allow_not_run=(*((NO_REFERENCE,) if reference_logits else ()), STREAMED),
             make_bench=cli_stream.bench_of(streaming, report, resume) if is_streamed else None,
         )
@@ -217,13 +228,14 @@ def _verify_conversion(
 ) -> None:
     """What `--verify full` adds to import and export; with `quiet` the report is on stderr."""
     from bridge.convert import read_spec
+    from harness.suite import ON_CPU
     from harness.verification import CONVERSION_CHECKS, verification_cases
 
     names = _layout_names(read_spec(hf, carry=carry), None)
     _account_for(hf, megatron, carry=carry)
     subject = _subject(hf, megatron, trust_remote_code=trust_remote_code, carry=carry)
     cases = verification_cases(
-        subject.name, checks=CONVERSION_CHECKS, layouts=names, dtype="float32", device="cpu"
+        subject.name, checks=CONVERSION_CHECKS, layouts=names, compute=ON_CPU
     )
     finish(run_and_report(cases, {subject.name: subject}, timeout=1800.0, on_stderr=quiet))
 
@@ -239,6 +251,7 @@ def parity(
         Literal["cpu", "cuda"] | None,
         typer.Option("--device", help="Run every case there, whatever the suite says."),
     ] = None,
+    layers: LayersName | None = None,
     timeout: Timeout = 300.0,
     allow_not_run: Annotated[
         list[str] | None,
@@ -246,28 +259,53 @@ def parity(
     ] = None,
     list_only: ListOnly = False,
     json_: Json = False,
+    workdir: Workdir = None,
     report: Report = None,
     resume: Resume = False,
     form: Format = "text",
 ) -> None:
     """Run a suite: toys of the whole family against real Megatron-Core ranks."""
-    from harness.suite import load_suite
+    from harness.suite import forms_ranks, layers_named, load_suite
     from harness.suite import select as select_cases
 
     loaded = load_suite(suite)
     cases = loaded.cases
     if device is not None:
         cases = tuple(replace(case, device=device) for case in cases)
+    if layers is not None:
+        cases = tuple(
+            replace(case, layers=layers_named(layers, case.device))
+            for case in cases
+            if forms_ranks(case.check)
+        ) + tuple(case for case in cases if not forms_ranks(case.check))
     chosen = select_cases(cases, select or ())
     if list_only:
         print_ids(chosen, json_=json_ or form == "json")
         return
     finish(
         run_and_report(
-            chosen, {}, timeout=timeout, report_dir=report, suite=loaded.name, resume=resume,
-            form="json" if json_ else form, allow_not_run=allow_not_run or (),
+            chosen, {}, timeout=timeout, workdir=workdir, report_dir=report, suite=loaded.name,
+            resume=resume, form="json" if json_ else form, allow_not_run=allow_not_run or (),
         )
     )  # fmt: skip
+
+
+def _run() -> None:
+    """Run the command: of torchrun's processes, where it has ranks, only the first does."""
+    from bridge.crew.launch import under_torchrun
+
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    if command not in _ON_RANKS or not under_torchrun():
+        app()
+    elif os.environ["RANK"] != "0":
+        from harness.torchrun.keeper import keep
+
+        keep()
+    else:
+        from harness.torchrun.lead import led
+
+        with led():
+            app()
 
 
 def main() -> None:
@@ -279,7 +317,7 @@ def main() -> None:
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
     try:
-        app()
+        _run()
     except BridgeError as error:
         sys.stderr.write(f"{error}\n")
         for note in getattr(error, "__notes__", ()):

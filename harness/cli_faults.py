@@ -13,7 +13,7 @@ import typer
 from bridge.cli import app
 from bridge.cli_options import Json
 from bridge.errors import UsageError
-from harness.cli_tools import DeviceName
+from harness.cli_tools import DeviceName, DtypeName, LayersName
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +45,12 @@ def faults(
         str | None, typer.Option("--toys", help="Comma-separated toys to try them on.")
     ] = None,
     checks: Checks = None,
+    dtypes: Annotated[
+        str,
+        typer.Option("--dtypes", help="Comma-separated: a fault that dies in one of them is dead."),
+    ] = "float32",
     device: DeviceName = "cpu",
+    layers: LayersName = "auto",
     workers: Workers = None,
     timeout: CaseTimeout = 120.0,
     full: Annotated[
@@ -67,6 +72,7 @@ def faults(
     from harness.faults.matrix import DEFAULT_TOYS, run_matrix
     from harness.report.files import report_directory, writing_into
     from harness.report.progress import CountProgress
+    from harness.suite import Compute, layers_named
     from harness.toys import toy_named
 
     names = _chosen(list(CATALOGUE), select or ())
@@ -85,12 +91,16 @@ def faults(
     looking = known_checks(checks)
     with CountProgress("faults") as progress:
         matrix, alarms = run_matrix(
-            faults=names, toys=chosen, checks=looking, device=device, workers=workers,
+            faults=names, toys=chosen, checks=looking, workers=workers,
+            computes=[
+                Compute(dtype=one, device=device, layers=layers_named(layers, device))
+                for one in _known_dtypes(dtypes)
+            ],
             timeout=timeout, full=full,
             on_unit=lambda unit, total: progress.advance(
                 total,
                 f"{unit.fault} on {unit.toy}",
-                "" if unit.killed_by else f"SURVIVED {unit.fault} on {unit.toy}",
+                "" if unit.killed_by else f"SURVIVED {unit.fault} on {unit.toy} in {unit.dtype}",
             ),
         )  # fmt: skip
     # Whether a check is needed shows only where every fault and every check took part.
@@ -109,7 +119,8 @@ def faults(
         print_json(data)
     else:
         console = stdout()
-        console.print(_as_table(matrix))
+        for one in matrix.dtypes:
+            console.print(_as_table(matrix, one))
         _say(console, matrix, wrong)
     if report is not None:
         with writing_into(report):
@@ -143,6 +154,20 @@ def _split(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
+def _known_dtypes(text: str) -> tuple[str, ...]:
+    from harness.suite import DTYPES
+
+    names = tuple(dict.fromkeys(_split(text)))
+    unknown = [name for name in names if name not in DTYPES]
+    if unknown or not names:
+        raise UsageError(
+            f"no dtype of ours is called {', '.join(unknown) or 'nothing'}",
+            where="--dtypes",
+            hint=f"known: {', '.join(DTYPES)}",
+        )
+    return names
+
+
 def known_checks(text: str | None) -> tuple[str, ...]:
     """Names of checks, comma-separated; refuse unknown ones with UsageError BR001."""
     from harness.checks import CHECKS
@@ -158,15 +183,15 @@ def known_checks(text: str | None) -> tuple[str, ...]:
     return names
 
 
-def _as_table(matrix: Matrix) -> Table:
+def _as_table(matrix: Matrix, dtype: str) -> Table:
     """Faults down, checks across: X killed wherever it looked, x on some toys, . looked in vain."""
     from rich.text import Text
 
     from bridge.console import table
 
-    rows = table("fault", *matrix.checks, "toys")
+    rows = table("fault" if len(matrix.dtypes) == 1 else f"in {dtype}", *matrix.checks, "toys")
     for fault in matrix.faults:
-        units = [unit for unit in matrix.units if unit.fault == fault]
+        units = [unit for unit in matrix.units if (unit.fault, unit.dtype) == (fault, dtype)]
         cells: list[Text | str] = []
         for check in matrix.checks:
             looked = [unit for unit in units if check in unit.checks]
@@ -230,7 +255,9 @@ def alarms(
     count: Annotated[int, typer.Option("--count", min=1, help="How many random models.")] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which ones.")] = 0,
     checks: Checks = None,
+    dtype: DtypeName = "float32",
     device: DeviceName = "cpu",
+    layers: LayersName = "auto",
     workers: Workers = None,
     timeout: CaseTimeout = 120.0,
     json_: Json = False,
@@ -241,6 +268,7 @@ def alarms(
     from harness.alarms import run_alarms, write_down
     from harness.report.files import report_directory, writing_into
     from harness.report.progress import CountProgress
+    from harness.suite import Compute, layers_named
 
     looking = known_checks(checks)
     if "golden" in looking:
@@ -248,7 +276,8 @@ def alarms(
     directory = report_directory(report or Path("out") / "alarms")
     with CountProgress("models") as progress:
         found = run_alarms(
-            count, start=seed, checks=looking, device=device, workers=workers, timeout=timeout,
+            count, start=seed, checks=looking, workers=workers, timeout=timeout,
+            compute=Compute(dtype=dtype, device=device, layers=layers_named(layers, device)),
             on_model=lambda _done, new: progress.advance(
                 count, "", "; ".join(f"ALARM {one.replay.case.id}: {one.summary}" for one in new)
             ),

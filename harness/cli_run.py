@@ -7,8 +7,8 @@ import datetime as dt
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,6 +34,14 @@ Report = Annotated[
         "logs.",
     ),
 ]
+Workdir = Annotated[
+    Path | None,
+    typer.Option(
+        "--workdir",
+        help="Where toys and conversions are made and removed again; under torchrun, a directory "
+        "that all machines see. By default the system's temporary one.",
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(
@@ -41,6 +49,8 @@ Resume = Annotated[
     ),
 ]
 Format = Annotated[FormatName, typer.Option("--format", help="What to print on stdout.")]
+_ROUGH = 100.0
+"""Error of a product, in ulp of float32, that only TF32 reaches: it makes some 4,000."""
 
 
 def print_ids(cases: Sequence[Case], *, json_: bool) -> None:
@@ -65,6 +75,7 @@ def run_and_report(
     subjects: Mapping[str, Subject],
     *,
     timeout: float,
+    workdir: Path | None = None,
     report_dir: Path | None = None,
     suite: str | None = None,
     form: FormatName = "text",
@@ -79,6 +90,7 @@ def run_and_report(
         cases: At least one.
         subjects: Models under test besides the toys, by name.
         timeout: Seconds that one case may keep ranks busy.
+        workdir: Where toys and conversions are made; None for the system's temporary directory.
         report_dir: Where reports, journal and rank logs go.
         suite: Its name, where one is run.
         form: What goes to stdout.
@@ -88,7 +100,8 @@ def run_and_report(
         make_bench: Of `Bench`'s arguments; None for a `Bench`.
 
     Raises:
-        UsageError: BR001, a run to resume without its directory.
+        UsageError: BR001, a run to resume without its directory, a directory that cannot be
+            worked in, or files that not all machines of torchrun see.
         ResumeError: HN102, a run that cannot be resumed.
     """
     from bridge.console import stdout
@@ -109,6 +122,7 @@ def run_and_report(
     if report_dir is not None:
         report_directory(report_dir, rank_logs=True)
     wanted = report_dir is not None or form != "text"
+    products = _float32_products() if any(case.device == "cuda" for case in cases) else {}
     thresholds, memory = load_thresholds(), MemoryWatch()
     inputs = _hashed(subjects) if wanted else {}
     with ExitStack() as stack:
@@ -124,10 +138,11 @@ def run_and_report(
                 else Journal.begin(report_dir, identity, started=started)
             )
             started = journal.earlier.started
-        workdir = stack.enter_context(tempfile.TemporaryDirectory(prefix="nemotron-bridge-"))
+        directory = stack.enter_context(_scratch(workdir))
+        _check_shared(directory, report_dir, subjects)
         bench = stack.enter_context(
             (make_bench or Bench)(
-                Path(workdir),
+                directory,
                 subjects=subjects,
                 timeout=timeout,
                 log_dir=None if report_dir is None else report_dir / RANK_LOGS,
@@ -145,7 +160,7 @@ def run_and_report(
         found,
         _provenance(
             suite=suite, started=started, inputs=inputs, thresholds=thresholds,
-            memory=memory.peaks(), resumed_cases=resumed,
+            memory=memory.peaks(), resumed_cases=resumed, products=products,
         ),
     )  # fmt: skip
     # First to the screen: a disk that has filled up since must not cost the results.
@@ -156,6 +171,64 @@ def run_and_report(
     if report_dir is not None:
         with writing_into(report_dir):
             write_reports(data, report_dir)
+    return found
+
+
+@contextmanager
+def _scratch(parent: Path | None) -> Iterator[Path]:
+    try:
+        if parent is not None:
+            parent = parent.absolute()  # for ranks, wherever they are
+            parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix="nemotron-bridge-", dir=parent)
+    except OSError as error:
+        raise UsageError(
+            f"cannot work there: {error.strerror}",
+            where=str(parent or tempfile.gettempdir()),
+            hint="give --workdir a directory that can be written to",
+        ) from None
+    with made as directory:
+        yield Path(directory)
+
+
+def _check_shared(
+    directory: Path, report_dir: Path | None, subjects: Mapping[str, Subject]
+) -> None:
+    """See that all machines of torchrun look at the same files, where there are several."""
+    from harness.torchrun.lead import torchrun_ranks
+
+    ranks = torchrun_ranks()
+    if ranks is not None:
+        models = [path for one in subjects.values() for path in (one.hf, one.megatron) if path]
+        ranks.check_shared([directory, *([report_dir] if report_dir else [])], models)
+
+
+def _float32_products() -> dict[str, float]:
+    """See that products on this GPU are float32's in this process and those it will start.
+
+    Raises:
+        EnvironmentMissingError: BR500, they are TF32's.
+    """
+    import importlib.util
+
+    import torch
+
+    from bridge.errors import EnvironmentMissingError
+    from bridge.platform import float32_product_error, forbid_tf32
+
+    forbid_tf32()
+    if not torch.cuda.is_available():
+        return {}
+    if importlib.util.find_spec("transformer_engine") is not None:
+        import transformer_engine.pytorch  # noqa: F401 - to be measured, too
+    found = float32_product_error()
+    rough = [f"{name}: {error:.0f} ulp" for name, error in found.items() if error > _ROUGH]
+    if rough:
+        raise EnvironmentMissingError(
+            "float32 products on this GPU are rounded to TF32",
+            where=rough,
+            hint="set NVIDIA_TF32_OVERRIDE=0 before anything starts CUDA",
+        )
     return found
 
 
@@ -262,18 +335,23 @@ def _provenance(
     thresholds: Thresholds,
     memory: Mapping[str, int],
     resumed_cases: int,
+    products: Mapping[str, float],
 ) -> Provenance:
     from harness.report.digests import code_sha256
     from harness.report.evidence import Provenance, versions
     from harness.report.machine import hardware
+    from harness.torchrun.lead import torchrun_ranks
 
+    ranks = torchrun_ranks()
     return Provenance(
         command=["nemotron-bridge", *sys.argv[1:]],  # what can be typed again, wherever it lies
         suite=suite,
         started=started,
         inputs=inputs,
         environment=versions(),
-        hardware=hardware(),
+        hardware=hardware()
+        | ({"float32_product_ulp": dict(products)} if products else {})
+        | ({} if ranks is None else {"ranks_per_host": ranks.per_host}),
         code_sha256=code_sha256(),
         thresholds=thresholds,
         memory=memory,

@@ -47,8 +47,14 @@ StreamBudget = Annotated[
     str,
     typer.Option("--memory-budget", help="For weights while streaming, such as 4GiB."),
 ]
-LAYOUT: Final = "tp1-pp1"
-"""The only one: this process is the only rank."""
+Resident = Annotated[
+    bool,
+    typer.Option(
+        "--resident",
+        help="While streaming: hold Megatron whole on the ranks of --layouts, with --layers; only "
+        "the reference and the truth are streamed.",
+    ),
+]
 _SHARE: Final = 0.8
 """Of the memory that is free, which whole models may take."""
 _OTHER: Final = 3 << 30
@@ -66,6 +72,7 @@ class StreamOptions:
     stream: bool | None
     blocks: str | None
     memory_budget: str
+    resident: bool = False
 
 
 def is_streamed(
@@ -84,13 +91,20 @@ def is_streamed(
         UsageError: BR001, flags of streaming for a model that is not to be streamed.
     """
     if options.stream is False:
-        if options.config is not None or options.blocks is not None:
+        if options.config is not None or options.blocks is not None or options.resident:
             raise UsageError(
-                "--config and --blocks are for streaming, which --no-stream rules out",
+                "--config, --blocks and --resident are for streaming, which --no-stream rules out",
                 hint="leave --no-stream away",
             )
         return False
+    if options.resident and options.blocks is not None:
+        raise UsageError(
+            "--resident holds the whole model, of which --blocks takes some",
+            hint="leave one of them away",
+        )
     if options.config is not None or options.blocks is not None or options.stream:
+        return True
+    if options.resident:
         return True
     need, free = _need(spec, dtype), _free(device)
     if wants_whole or need < _LITTLE or need + _OTHER <= free * _SHARE:
@@ -165,11 +179,19 @@ def refuse_unanswerable(checks: Sequence[str], *, paired: bool) -> None:
 
 
 def unstreamable(
-    *, layouts: str | None, trust_remote_code: bool, reference_logits: Sequence[Path] | None
+    *,
+    layouts: str | None,
+    layers: str,
+    resident: bool,
+    trust_remote_code: bool,
+    reference_logits: Sequence[Path] | None,
 ) -> list[str]:
-    """The flags given that have no meaning for a streamed model."""
+    """The flags given that have no meaning for a streamed model, or only for a resident one."""
+    from harness.streaming.bench import WALK_LAYOUT
+
     odd = {
-        "--layouts": layouts is not None and layouts.strip() != LAYOUT,
+        "--layouts": not resident and layouts is not None and layouts.strip() != WALK_LAYOUT,
+        "--layers": not resident and layers not in ("auto", "local"),
         "--trust-remote-code": trust_remote_code,
         "--reference-logits": bool(reference_logits),
     }
@@ -187,7 +209,7 @@ def refuse(flags: Sequence[str]) -> None:
     raise UsageError(
         f"{', '.join(flags)} is not for a streamed model",
         hint="it runs on one rank, against transformers' Llama or bridge.decilm; leave that away, "
-        "or give --no-stream",
+        "or give --no-stream, or --resident for layouts and layers",
     )
 
 
@@ -202,7 +224,9 @@ def bench_of(options: StreamOptions, report: Path | None, resume: bool) -> Calla
     from harness.streaming.bench import Streaming, StreamingBench
 
     budget = parse_size(options.memory_budget)
-    streaming = Streaming(memory_budget=budget, keep=report, resume=resume)
+    streaming = Streaming(
+        memory_budget=budget, resident=options.resident, keep=report, resume=resume
+    )
     return partial(StreamingBench, streaming=streaming)
 
 

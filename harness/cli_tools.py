@@ -23,6 +23,14 @@ DtypeName = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--dtype", help="What to compute in.")
 ]
 DeviceName = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
+LayersName = Annotated[
+    Literal["auto", "local", "te", "te-unfused", "te-fused", "te-flash"],
+    typer.Option(
+        "--layers",
+        help="Of the live Megatron model: its own, or Transformer Engine's, perhaps with one "
+        "attention backend; by default the latter where they are installed, on a GPU.",
+    ),
+]
 Timeout = Annotated[
     float, typer.Option("--timeout", min=1, help="Seconds that one case may keep ranks busy.")
 ]
@@ -41,10 +49,11 @@ def toy(
 ) -> None:
     """Write a small checkpoint with the traits of one variant, to try the other commands on."""
     from bridge.console import print_json, stdout, table
-    from harness.toys import TOYS, toy_named, write_checkpoint
+    from harness.toys import CONTEXT_TOY, TOYS, toy_named, write_checkpoint
 
     if names:
-        known = [{"name": one.name, "stands_for": one.stands_for} for one in TOYS.values()]
+        toys = (*TOYS.values(), CONTEXT_TOY)
+        known = [{"name": one.name, "stands_for": one.stands_for} for one in toys]
         if json_:
             print_json(known)
             return
@@ -96,6 +105,7 @@ def logits(
     vp: VppSize = None,
     dtype: DtypeName = "float32",
     device: DeviceName = "cpu",
+    layers: LayersName = "auto",
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
     carry: CarryField = None,
@@ -118,6 +128,7 @@ def logits(
         compute_megatron,
         read_input,
     )
+    from harness.suite import layers_named
 
     if megatron_path is None and (tp, pp, vp) != (1, 1, None):
         raise UsageError(
@@ -140,7 +151,7 @@ def logits(
     if megatron_path is not None:
         found = compute_megatron(
             megatron_path, given, hf_model=path, tp=tp, pp=pp, vp=vp, dtype=dtype, device=device,
-            timeout=timeout, carry=carry or (),
+            layers=layers_named(layers, device), timeout=timeout, carry=carry or (),
         )  # fmt: skip
     elif path is not None:
         found = compute_hf(

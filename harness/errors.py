@@ -47,6 +47,13 @@ class ReferenceUnavailableError(HarnessError):
     exit_code = 3
 
 
+class RanksUnavailableError(HarnessError):
+    """A layout of more ranks than torchrun has started."""
+
+    code = "HN205"
+    exit_code = 3
+
+
 class BackendUnavailableError(HarnessError):
     """A device, or the rank processes that were to use it, cannot be had."""
 

@@ -28,6 +28,7 @@ class Fault:
             reference or launch.
         stands_for: The real bug it stands for, one sentence.
         applies: Whether a model has what it spoils; None for any model.
+        local_only: It comes in where only Megatron-Core's own layers pass.
         spec: The bridge understands the configuration differently.
         code: The bridge's code is different: entered around every conversion in this process and
             around every function in a rank.
@@ -42,6 +43,7 @@ class Fault:
     family: str = ""
     stands_for: str = ""
     applies: Callable[[ModelSpec], bool] | None = None
+    local_only: bool = False
     spec: Callable[[ModelSpec], ModelSpec] | None = None
     code: CodeChange | None = None
     rank: Hook | None = None

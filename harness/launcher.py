@@ -9,12 +9,10 @@ the one that failed first, and the next call starts afresh.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import multiprocessing.connection
 import pickle
 import shutil
-import signal
 import tempfile
 import time
 import weakref
@@ -23,16 +21,13 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 
 from bridge.spec import ParallelLayout
-from harness.errors import BackendUnavailableError, WorkerFailedError, WorkerTimeoutError
-from harness.rank_processes import (
-    Worker,
-    dump_stacks,
-    kill,
-    log_size,
-    log_tail,
-    start,
-    start_server,
+from harness.errors import (
+    BackendUnavailableError,
+    RanksUnavailableError,
+    WorkerFailedError,
+    WorkerTimeoutError,
 )
+from harness.rank_processes import LocalRanks, Worker, WorkerSource, dump_stacks, kill
 from harness.ranks import Hook, Outcome, RankFunction, RankSettings, Task
 
 logger = logging.getLogger(__name__)
@@ -57,13 +52,14 @@ class _Failure:
 
 
 class RankPool:
-    """Rank processes on this host.
+    """Rank processes, on this host unless `source` has them elsewhere.
 
     Args:
         device: "cpu" runs gloo, "cuda" NCCL.
         timeout: Seconds a call may take unless it says otherwise, process start included.
         log_dir: Where each rank's output goes, as `rank3.log`. By default a private directory that
             goes away with the pool.
+        source: Where ranks come from; by default any number of processes of this host.
     """
 
     def __init__(
@@ -72,8 +68,10 @@ class RankPool:
         device: Literal["cpu", "cuda"] = "cpu",
         timeout: float = DEFAULT_TIMEOUT,
         log_dir: Path | None = None,
+        source: WorkerSource | None = None,
     ) -> None:
         self.device = device
+        self._source: WorkerSource = source or LocalRanks()
         self.timeout = timeout
         self._private = Path(tempfile.mkdtemp(prefix="nemotron-bridge-ranks-"))
         self.log_dir = log_dir or self._private
@@ -110,17 +108,24 @@ class RankPool:
             WorkerFailedError: HN202, a rank threw or died; the first one's traceback is in it.
             WorkerTimeoutError: HN203, ranks did not finish in time; their stacks are in it.
             BridgeError: A rank raised one: the same error, with the rank noted.
+            RanksUnavailableError: HN205, the source has not that many.
             BackendUnavailableError: HN201, the function cannot be sent, or the pool is closed.
         """
         if not self._finalizer.alive:
             raise BackendUnavailableError("the pool of rank processes is closed")
+        capacity = self._source.capacity
+        if capacity is not None and layout.world_size > capacity:
+            raise RanksUnavailableError(
+                f"layout {layout.name} has {layout.world_size} ranks, torchrun has started "
+                f"{capacity}",
+                hint="start more processes, or leave such layouts out",
+            )
         limit = self.timeout if timeout is None else timeout
         deadline = time.monotonic() + limit
         try:
             self._start(layout.world_size)
             self._form(layout)
             workers = self._workers[: layout.world_size]
-            logged = {worker.rank: log_size(worker.log) for worker in workers}
             task = Task(
                 rendezvous=self._rendezvous,
                 world_size=layout.world_size,
@@ -134,17 +139,16 @@ class RankPool:
             if not failures:
                 return [outcomes[worker.rank].value for worker in workers]
             dump_stacks([worker for worker in workers if worker.rank not in outcomes])
-            tails = {worker.rank: log_tail(worker.log, logged[worker.rank]) for worker in workers}
+            tails = {worker.rank: worker.log_tail() for worker in workers}
         except BaseException:
             self._end()
             raise
         self._end()
         raise self._error(min(failures, key=lambda one: one.order), layout, tails, function)
 
-    @staticmethod
-    def warm_up() -> None:
-        """Start the server that imports Megatron-Core, without waiting for it."""
-        start_server()
+    def warm_up(self) -> None:
+        """Have Megatron-Core imported, without waiting for it."""
+        self._source.warm_up()
 
     def close(self) -> None:
         """End every rank and remove the private directory."""
@@ -158,28 +162,29 @@ class RankPool:
 
     def pids(self) -> tuple[int, ...]:
         """Process id of each rank that is alive, by rank."""
-        return tuple(worker.process.pid or 0 for worker in self._workers)
+        return tuple(worker.pid for worker in self._workers)
 
     def _start(self, num_ranks: int) -> None:
-        if any(
-            not worker.process.is_alive() or worker.connection.poll() for worker in self._workers
-        ):
+        if not all(worker.is_idle() for worker in self._workers):
             for worker in self._workers:  # a rank has ended between two calls
-                if not worker.process.is_alive():
+                if not worker.is_alive():
                     logger.warning(
                         "rank %d (process %s) %s between two cases; new ranks are started",
-                        worker.rank, worker.process.pid, _death(worker).what,
+                        worker.rank, worker.pid, worker.death(),
                     )  # fmt: skip
             self._end()
-        for rank in range(len(self._workers), num_ranks):
-            settings = RankSettings(
+        settings = [
+            RankSettings(
                 rank=rank,
                 device=self.device,
                 log=self.log_dir / f"rank{rank}.log",
                 collective_timeout=2 * self.timeout,
                 private=self._private,
             )
-            self._workers.append(start(settings))
+            for rank in range(len(self._workers), num_ranks)
+        ]
+        if settings:
+            self._workers += self._source.start(settings)
 
     def _form(self, layout: ParallelLayout) -> None:
         """Choose the groups' meeting place; ranks that are not part of the layout leave."""
@@ -192,7 +197,7 @@ class RankPool:
         # task, and whoever caches says so in the key.
         if wanted != self._formed:
             self._generation += 1
-            self._rendezvous = str(self._private / f"rendezvous-{self._generation}")
+            self._rendezvous = self._source.rendezvous(self._private, self._generation)
             self._formed = wanted
             _send(self._workers[layout.world_size :], None)
 
@@ -233,8 +238,7 @@ def _send(workers: list[Worker], task: Task | None) -> None:
             hint="rank functions and their arguments must be importable by name and picklable",
         ) from error
     for worker in workers:
-        with contextlib.suppress(OSError):  # a dead rank is noticed, and reported, by `_collect`
-            worker.connection.send_bytes(message)
+        worker.send(message)
 
 
 def _collect(
@@ -245,10 +249,7 @@ def _collect(
     outcomes: dict[int, Outcome] = {}
     failures: list[_Failure] = []
     while pending:
-        handles: dict[Any, Worker] = {}
-        for worker in pending.values():
-            handles[worker.connection] = worker
-            handles[worker.process.sentinel] = worker
+        handles = {handle: worker for worker in pending.values() for handle in worker.handles}
         ready = multiprocessing.connection.wait(
             list(handles), timeout=max(0.0, deadline - time.monotonic())
         )
@@ -256,19 +257,24 @@ def _collect(
             break
         for worker in {handles[one].rank: handles[one] for one in ready}.values():
             del pending[worker.rank]
-            outcome = _receive(worker)
-            if outcome is None:
-                failures.append(_death(worker))
-            else:
-                outcomes[worker.rank] = outcome
-                if outcome.traceback is not None:
-                    what = f"failed with {outcome.what}"
-                    failures.append(
-                        _Failure(
-                            rank=worker.rank, kind="threw", what=what, outcome=outcome,
-                            at=outcome.at,
-                        )
-                    )  # fmt: skip
+            answer = worker.receive()
+            if answer is None:
+                failures.append(
+                    _Failure(
+                        rank=worker.rank, kind="ended", what=worker.death(), outcome=Outcome(),
+                        at=time.monotonic(),
+                    )
+                )  # fmt: skip
+                continue
+            outcome: Outcome = pickle.loads(answer)  # noqa: S301 - of a process that we started
+            outcomes[worker.rank] = outcome
+            if outcome.traceback is not None:
+                failures.append(
+                    _Failure(
+                        rank=worker.rank, kind="threw", what=f"failed with {outcome.what}",
+                        outcome=outcome, at=outcome.at if worker.is_here else time.monotonic(),
+                    )
+                )  # fmt: skip
         if failures:
             deadline = min(deadline, min(one.at for one in failures) + _GRACE)
     if pending and not failures:
@@ -277,30 +283,6 @@ def _collect(
         what = f"did not finish within {limit:g} s{others}"
         failures.append(_Failure(rank=rank, kind="hung", what=what, outcome=Outcome(), at=0.0))
     return outcomes, failures
-
-
-def _receive(worker: Worker) -> Outcome | None:
-    try:
-        if worker.connection.poll(0):
-            outcome: Outcome = pickle.loads(worker.connection.recv_bytes())  # noqa: S301 - our own child
-            return outcome
-    except (EOFError, OSError):
-        pass
-    return None
-
-
-def _death(worker: Worker) -> _Failure:
-    worker.process.join(1.0)
-    code = worker.process.exitcode
-    if code is not None and code < 0:
-        what = f"was ended by {signal.Signals(-code).name}"
-        if -code == signal.SIGKILL:
-            what += ": somebody killed it, or memory ran out"
-    else:
-        what = f"ended by itself with exit code {code}"
-    return _Failure(
-        rank=worker.rank, kind="ended", what=what, outcome=Outcome(), at=time.monotonic()
-    )
 
 
 def _clean_up(workers: list[Worker], private: Path) -> None:

@@ -5,14 +5,18 @@ Every function here takes a `RankContext` and plain data, and returns plain data
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from bridge.spec import ModelSpec, ParallelLayout
 from harness.ranks import RankContext
+
+if TYPE_CHECKING:
+    from bridge.megatron_config import AttentionBackend
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -26,17 +30,21 @@ class ModelRequest:
         layout: How it is cut.
         params_dtype: What it computes in.
         kind: Format of `path`.
-        path: Checkpoint directory.
+        path: Checkpoint directory; of "synthetic" weights the configuration.
+        seed: Which synthetic weights.
         device: Where it lives.
+        layers: Of which kind, one of `harness.suite.LAYERS`.
         variant: The fault it is built under; models of different faults are different models.
     """
 
     spec: ModelSpec
     layout: ParallelLayout
     params_dtype: str
-    kind: Literal["hf", "megatron"]
+    kind: Literal["hf", "megatron", "synthetic"]
     path: Path
+    seed: int = 0
     device: Literal["cpu", "cuda"] = "cpu"
+    layers: str = "local"
     variant: str = "healthy"
 
 
@@ -44,12 +52,13 @@ def build(request: ModelRequest) -> list[Any]:
     """The calling rank's model parts, weights uninitialised."""
     from bridge.model import build_model
 
-    # Local layers on every device: Transformer Engine computes float32 in TF32 unless told not to.
+    kind, _, attention = request.layers.partition("-")
     return build_model(
         request.spec,
         request.layout,
         params_dtype=request.params_dtype,
-        layers="local",
+        layers="te" if kind == "te" else "local",
+        attention_backend=cast("AttentionBackend", attention or "auto"),
         device=request.device,
     )
 
@@ -63,6 +72,14 @@ def fill(parts: list[Any], request: ModelRequest) -> None:
     if request.kind == "hf":
         with SafetensorsSource(request.path) as hf:
             load_hf(parts, request.spec, request.layout, hf)
+    elif request.kind == "synthetic":
+        from bridge.convert import read_spec
+        from bridge.storage.synthetic import SyntheticSource
+
+        device = "cuda" if request.device == "cuda" else None
+        # The model's own weights: a fault may have changed `request.spec`.
+        with SyntheticSource(read_spec(request.path), seed=request.seed, device=device) as drawn:
+            load_hf(parts, request.spec, request.layout, drawn)
     else:
         with MegatronSource(request.path) as megatron:
             load_megatron(parts, request.spec, request.layout, megatron)
@@ -99,6 +116,31 @@ def logits(
     if context.rank != 0:
         return None
     return (found if found.dtype == torch.float64 else found.float()).cpu().numpy()
+
+
+def counting_difference(context: RankContext, request: ModelRequest, input_ids: Array) -> float:
+    """How far logits move when a model is told positions 0, 1, 2, ... instead of counting them.
+
+    Args:
+        context: This rank.
+        request: The model.
+        input_ids: (batch, seq).
+
+    Returns:
+        The largest difference of a logit; 0.0 where every bit is the same, infinity for a NaN.
+    """
+    import torch
+
+    from bridge.forward import forward
+
+    parts, ids = model(context, request), torch.from_numpy(input_ids)
+    with torch.no_grad():
+        counted, told = (
+            forward(parts, request.spec, request.layout, ids, positions)
+            for positions in (None, torch.arange(ids.shape[1]))
+        )
+    difference = float((counted - told).abs_().max())
+    return math.inf if math.isnan(difference) else difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from harness.block_states import Witnesses, kind_of
 from harness.live_blocks import EMBEDDING, Gathered
 from harness.metrics import excess
 from harness.mistakes import Setup, Suspect, suspects
+from harness.probes import CONTEXT_LENGTHS
 from harness.thresholds import REFERENCE_ERROR, judge_logits
 from harness.tiles import layer_of
 
@@ -79,6 +80,9 @@ def localisation(case: Case, bench: Bench) -> Localisation:
     """The bench's answer; an error in here becomes one, so that no finding is lost to it."""
     if not bench.localises:
         return Localisation()
+    if case.probe in CONTEXT_LENGTHS:  # every mistake that is tried computes a block in float64
+        place = f"not localised on {case.probe}: run `blocks` of the same model on the long probe"
+        return Localisation(places=(place,))
     try:
         return bench.localisation(case)
     except Exception as error:  # noqa: BLE001 - the finding matters more than its explanation

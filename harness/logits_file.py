@@ -23,7 +23,7 @@ from bridge.errors import (
 from bridge.hf_config import load_hf_config
 from bridge.megatron_args import spec_from_checkpoint_args
 from bridge.pipeline import plan_layout
-from bridge.platform import describe
+from bridge.platform import describe, forbid_tf32
 from bridge.record import SIDE_DIRECTORY, read_record
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
@@ -198,6 +198,7 @@ def compute_hf(
             raise EnvironmentMissingError(
                 "there is no GPU that torch can use", where="--device cuda", hint="use --device cpu"
             )
+        forbid_tf32()
     model = load_hf_model(hf, dtype=dtype, trust_remote_code=trust_remote_code, carry=carry)
     logits = hf_logits(model.to(device), tokens.input_ids, tokens.position_ids)
     config = load_hf_config(hf)
@@ -253,6 +254,7 @@ def compute_megatron(
     vp: int | None,
     dtype: str,
     device: Literal["cpu", "cuda"],
+    layers: str = "local",
     timeout: float,
     carry: Collection[str] = (),
 ) -> DetachedReference:
@@ -278,6 +280,7 @@ def compute_megatron(
         kind="megatron",
         path=megatron,
         device=device,
+        layers=layers,
     )
     with RankPool(device=device, timeout=timeout) as pool:
         found: list[Array] = pool.run(
@@ -293,7 +296,7 @@ def compute_megatron(
             inputs_sha256=inputs_sha256(tokens.input_ids, tokens.position_ids),
             dtype=dtype,
             device=device,
-            implementation=f"megatron-core, local layers, {layout.name}",
+            implementation=f"megatron-core, {layers} layers, {layout.name}",
             versions=_versions(),
         ),
     )

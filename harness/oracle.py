@@ -14,7 +14,9 @@ few MiB at a time, so a lazy reader of a 14 GB tensor does as well as an array.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -44,6 +46,9 @@ Capture = Callable[[int, Array], None]
 
 _ELEMENTS_AT_ONCE: Final = 1 << 20
 """Rows of a matrix are converted to float64 in pieces of at most 8 MiB, which caches hold."""
+
+_TOKENS_AT_ONCE: Final = 512
+"""Scores of attention are computed in squares of so many queries and keys, 2 MiB a sequence."""
 
 
 # --------------------------------------------------------------------------------------
@@ -281,6 +286,10 @@ def attention(
 ) -> Array:
     """Causal attention; `num_attention_heads // groups` query heads share a key and value head.
 
+    Long sequences are cut into bands of queries, which threads share; the sums are the same however
+    many there are. Let BLAS run one thread then (OPENBLAS_NUM_THREADS=1): its threads wait for each
+    other.
+
     Args:
         x: (batch, seq, hidden_size), normed.
         angles: (batch or 1, seq, kv_channels / 2), radians.
@@ -299,16 +308,56 @@ def attention(
     query = rotate(project("q_proj", heads), angles[:, None])
     key = rotate(project("k_proj", groups), angles[:, None])
     value = project("v_proj", groups)
-    future = np.triu(np.ones((seq, seq), dtype=bool), k=1)
     mixed = np.empty_like(query)
-    for head in range(heads):
-        group = head // (heads // groups)
-        scores = query[:, head] @ key[:, group].swapaxes(1, 2) / np.sqrt(channels)
-        scores[:, future] = -np.inf
-        scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-        mixed[:, head] = scores @ value[:, group] / scores.sum(axis=-1, keepdims=True)
+
+    def mix(first: int, head: int) -> None:
+        last, group = min(first + _TOKENS_AT_ONCE, seq), head // (heads // groups)
+        mixed[:, head, first:last] = _attend(
+            query[:, head, first:last], key[:, group, :last], value[:, group, :last]
+        )
+
+    bands = range(0, seq, _TOKENS_AT_ONCE)
+    if len(bands) == 1:
+        for head in range(heads):
+            mix(0, head)
+    else:
+        with ThreadPoolExecutor() as pool:  # the last bands take longest: they start first
+            list(pool.map(lambda one: mix(*one), itertools.product(reversed(bands), range(heads))))
     joined = mixed.swapaxes(1, 2).reshape(batch, seq, heads * channels)
     return linear(joined, weight, f"{prefix}.o_proj.weight", (hidden, heads * channels))
+
+
+def _attend(query: Array, key: Array, value: Array) -> Array:
+    """What one head makes of a band of queries, the last of which sees all the keys.
+
+    The softmax is summed over a few keys at a time. Whenever they hold a larger score than those
+    before, what has been summed is scaled down to it.
+
+    Args:
+        query: (batch, band, kv_channels).
+        key: (batch, keys, kv_channels): all up to the last query's own.
+        value: Same shape.
+    """
+    batch, band, channels = query.shape
+    keys = key.shape[1]
+    largest = np.full((batch, band, 1), -np.inf)
+    total, mixed = np.zeros((batch, band, 1)), np.zeros(query.shape)
+    for start in range(0, keys, _TOKENS_AT_ONCE):
+        some = slice(start, start + _TOKENS_AT_ONCE)
+        scores = query @ key[:, some].swapaxes(1, 2)
+        scores /= np.sqrt(channels)
+        own = keys - band - start  # column of the first query's own key
+        if own < scores.shape[-1]:
+            scores[:, np.triu(np.ones(scores.shape[1:], dtype=bool), k=own + 1)] = -np.inf
+        larger = np.maximum(largest, scores.max(axis=-1, keepdims=True))
+        scores -= larger
+        np.exp(scores, out=scores)
+        scale = np.exp(largest - larger)
+        total = total * scale + scores.sum(axis=-1, keepdims=True)
+        mixed = mixed * scale + scores @ value[:, some]
+        largest = larger
+    quotient: Array = mixed / total
+    return quotient
 
 
 def mlp(x: Array, weight: Weight, prefix: str, width: int) -> Array:

@@ -2,13 +2,16 @@
 
 A wrong RoPE factor moves logits by 1e-3 at position 64 and overturns them at 100,000. Attention is
 causal in sequence order, so a short sequence with far-apart, increasing positions costs nothing
-and sees it. Ids come from a portable Philox stream, as the weights do.
+and sees it. What it does not see is attention over many tokens: for that there are probes of a
+whole context, which only suites that name them run. Ids come from a portable Philox stream, as the
+weights do.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final
@@ -26,6 +29,10 @@ INPUT_PROBE: Final = "input"
 """The name of a probe of the user's own."""
 SHORT_LENGTH: Final = 24
 LONG_LENGTH: Final = 48
+CONTEXT_LENGTHS: Final[Mapping[str, int]] = {"context-32k": 32_768, "context-128k": 131_072}
+"""Tokens of each probe of a whole context, by its name."""
+STRETCHES: Final = 32
+"""Into which such a probe is cut, each of other tokens; each is judged by itself."""
 _EDGES: Final = (64, 512, 2048, 8192, 32_768, 65_536)
 """Where RoPE tables, rotary bands and the original context of 8192 positions end."""
 
@@ -81,18 +88,42 @@ def long_probe(
 def probe_named(
     name: str, vocab_size: int, *, max_position_embeddings: int = MAX_POSITION_EMBEDDINGS
 ) -> Probe:
-    """The `short` or the `long` probe of a model.
+    """The `short` or the `long` probe of a model, or one of a whole context.
 
     Raises:
-        ConfigError: BR100, no such probe.
+        ConfigError: BR100, no such probe, or one that is longer than the model's context.
     """
-    match name:
-        case "short":
-            return short_probe(vocab_size)
-        case "long":
-            return long_probe(vocab_size, max_position_embeddings=max_position_embeddings)
-        case _:
-            raise ConfigError(f"no probe is called {name!r}", hint="known: short, long")
+    if name == "short":
+        return short_probe(vocab_size)
+    if name == "long":
+        return long_probe(vocab_size, max_position_embeddings=max_position_embeddings)
+    if name not in CONTEXT_LENGTHS:
+        known = ", ".join(("short", "long", *CONTEXT_LENGTHS))
+        raise ConfigError(f"no probe is called {name!r}", hint=f"known: {known}")
+    if CONTEXT_LENGTHS[name] > max_position_embeddings:
+        raise ConfigError(
+            f"the probe {name} has {CONTEXT_LENGTHS[name]} tokens, the model's context "
+            f"{max_position_embeddings}",
+            where="max_position_embeddings",
+            hint="run it on a model with a context as long, such as toy:context",
+        )
+    return context_probe(name, vocab_size)
+
+
+def context_probe(name: str, vocab_size: int) -> Probe:
+    """A whole context: one sequence of real length, at positions 0, 1, 2, ...
+
+    Each stretch has tokens of its own, the next 32nd of the vocabulary. Were all alike, attention
+    would make the same mean, nearer than bfloat16 can tell, of half of the tokens as of all.
+    """
+    length = CONTEXT_LENGTHS[name]
+    position_ids = np.arange(length, dtype=np.int64)
+    stretch = position_ids * STRETCHES // length
+    first, end = (edge * vocab_size // STRETCHES for edge in (stretch, stretch + 1))
+    words = raw_words(0, f"probe/{name}", 0, length)
+    ids = first + (words % np.maximum(end - first, 1).astype(np.uint64)).astype(np.int64)
+    ids[0], ids[-1] = 0, vocab_size - 1
+    return Probe(name=name, input_ids=ids[None], position_ids=position_ids)
 
 
 def probes(

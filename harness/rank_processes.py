@@ -9,12 +9,11 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 from bridge.crew.local import without_main
 from harness.ranks import RankSettings, serve
@@ -25,31 +24,182 @@ _STACK_DUMP: Final = 0.3
 _TAIL_LINES: Final = 40
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
-    """One rank: its process, the pipe to it and where it logs."""
+class Worker(Protocol):
+    """A rank process, here or elsewhere, and the way to it."""
 
-    rank: int
-    process: BaseProcess
-    connection: Connection
-    log: Path
+    @property
+    def rank(self) -> int:
+        """Which, from 0."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id, on its own host."""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs on this host: whether its clock is ours."""
+
+    @property
+    def handles(self) -> Sequence[Any]:
+        """What `multiprocessing.connection.wait` finds ready when there is something to receive."""
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+
+    def is_idle(self) -> bool:
+        """Whether it is alive and has nothing to say."""
+
+    def send(self, message: bytes) -> None:
+        """Give it a task; one that has ended is noticed by `receive`."""
+
+    def receive(self) -> bytes | None:
+        """What it answers; None when it has ended instead."""
+
+    def death(self) -> str:
+        """How it ended, said of it: "was ended by SIGKILL"."""
+
+    def dump_stacks(self) -> None:
+        """Have it write the stacks of its threads to its log, soon."""
+
+    def log_tail(self) -> str:
+        """The last lines it has logged since it was sent something."""
+
+    def kill(self) -> None:
+        """End it and all it has started, without waiting."""
+
+    def join(self) -> None:
+        """Wait until it has ended."""
 
 
-def start_server() -> None:
-    """Start the process that imports Megatron-Core and forks ranks, without waiting for it."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
-    multiprocessing.forkserver.ensure_running()
+class WorkerSource(Protocol):
+    """Where a pool has its rank processes from."""
+
+    @property
+    def capacity(self) -> int | None:
+        """How many ranks there can be, for one pool at a time; None for any number of both."""
+
+    def start(self, settings: Sequence[RankSettings]) -> list[Worker]:
+        """Start ranks, those of the settings; they are ready when they answer.
+
+        Raises:
+            WorkerFailedError: HN202, a place for one is gone.
+        """
+
+    def rendezvous(self, private: Path, generation: int) -> str:
+        """A name for new groups, for `Task.rendezvous`; `private` is the pool's directory."""
+
+    def warm_up(self) -> None:
+        """Import what ranks need, without waiting for it."""
 
 
-def start(settings: RankSettings) -> Worker:
-    """Start a rank; it is ready when it answers."""
-    context = _context(settings.device)
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, settings), name=f"rank{settings.rank}")
-    with without_main():
-        process.start()
-    theirs.close()
-    return Worker(rank=settings.rank, process=process, connection=ours, log=settings.log)
+class LocalRanks:
+    """A `WorkerSource`: any number of processes of this host."""
+
+    capacity: Final = None
+
+    def start(self, settings: Sequence[RankSettings]) -> list[Worker]:
+        """See `WorkerSource`."""
+        return [LocalWorker(one) for one in settings]
+
+    def rendezvous(self, private: Path, generation: int) -> str:
+        """See `WorkerSource`."""
+        return str(private / f"rendezvous-{generation}")
+
+    def warm_up(self) -> None:
+        """Start the process that imports Megatron-Core and forks ranks, without waiting for it."""
+        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
+        multiprocessing.forkserver.ensure_running()
+
+
+class LocalWorker:
+    """A `Worker` of this host, started: its process, the pipe to it and where it logs."""
+
+    is_here: Final = True
+
+    def __init__(self, settings: RankSettings) -> None:
+        context = _context(settings.device)
+        self.rank = settings.rank
+        self._connection, theirs = context.Pipe()
+        self._process: BaseProcess = context.Process(
+            target=serve, args=(theirs, settings), name=f"rank{settings.rank}"
+        )
+        with without_main():
+            self._process.start()
+        theirs.close()
+        self._log = settings.log
+        self._logged = _size(settings.log)
+
+    @property
+    def pid(self) -> int:
+        """See `Worker`."""
+        return self._process.pid or 0
+
+    @property
+    def handles(self) -> Sequence[Connection | int]:
+        """See `Worker`."""
+        return self._connection, self._process.sentinel
+
+    def is_alive(self) -> bool:
+        """See `Worker`."""
+        return self._process.is_alive()
+
+    def is_idle(self) -> bool:
+        """See `Worker`."""
+        return self._process.is_alive() and not self._connection.poll()
+
+    def send(self, message: bytes) -> None:
+        """See `Worker`."""
+        self._logged = _size(self._log)
+        with contextlib.suppress(OSError):
+            self._connection.send_bytes(message)
+
+    def receive(self) -> bytes | None:
+        """See `Worker`."""
+        with contextlib.suppress(EOFError, OSError):
+            if self._connection.poll(0):
+                return self._connection.recv_bytes()
+        return None
+
+    def death(self) -> str:
+        """See `Worker`."""
+        self._process.join(1.0)
+        code = self._process.exitcode
+        if code is None or code >= 0:
+            return f"ended by itself with exit code {code}"
+        what = f"was ended by {signal.Signals(-code).name}"
+        if -code == signal.SIGKILL:
+            what += ": somebody killed it, or memory ran out"
+        return what
+
+    def dump_stacks(self) -> None:
+        """See `Worker`."""
+        if self._process.is_alive():  # forked children of a rank dump theirs too
+            self._signal(signal.SIGUSR1)
+
+    def log_tail(self) -> str:
+        """See `Worker`."""
+        if not self._log.exists():
+            return ""
+        with self._log.open("rb") as stream:
+            stream.seek(self._logged)
+            lines = stream.read().decode("utf-8", errors="replace").splitlines()
+        return "\n".join(lines[-_TAIL_LINES:])
+
+    def kill(self) -> None:
+        """See `Worker`."""
+        self._signal(signal.SIGKILL)
+        self._process.kill()
+
+    def join(self) -> None:
+        """See `Worker`."""
+        self._process.join()
+        self._connection.close()
+
+    def _signal(self, what: signal.Signals) -> None:
+        """Signal the rank's process group; a rank that has none yet is left alone."""
+        if self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, what)
 
 
 def _context(device: Literal["cpu", "cuda"]) -> ForkServerContext | SpawnContext:
@@ -66,41 +216,20 @@ def _context(device: Literal["cpu", "cuda"]) -> ForkServerContext | SpawnContext
 
 def dump_stacks(workers: Sequence[Worker]) -> None:
     """Let ranks write the stacks of all their threads to their logs."""
-    alive = [worker for worker in workers if worker.process.is_alive()]
-    for worker in alive:  # forked children of a rank dump theirs too
-        _signal(worker, signal.SIGUSR1)
-    if alive:
+    for worker in workers:
+        worker.dump_stacks()
+    if workers:
         time.sleep(_STACK_DUMP)
 
 
 def kill(workers: list[Worker]) -> None:
     """End ranks and everything they started; nobody is asked nicely."""
     for worker in workers:
-        _signal(worker, signal.SIGKILL)
-        worker.process.kill()
+        worker.kill()
     for worker in workers:
-        worker.process.join()
-        worker.connection.close()
+        worker.join()
     workers.clear()
 
 
-def _signal(worker: Worker, what: signal.Signals) -> None:
-    """Signal a rank's process group; a rank that has none yet is left alone."""
-    if worker.process.pid is not None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(worker.process.pid, what)
-
-
-def log_size(path: Path) -> int:
-    """Bytes a rank has logged so far."""
-    return path.stat().st_size if path.exists() else 0
-
-
-def log_tail(path: Path, first: int) -> str:
-    """The last lines a rank has logged since byte `first`."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as stream:
-        stream.seek(first)
-        lines = stream.read().decode("utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-_TAIL_LINES:])
+def _size(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0

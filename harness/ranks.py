@@ -31,6 +31,7 @@ from bridge.spec import ParallelLayout
 
 if TYPE_CHECKING:
     import torch
+    from torch._C._distributed_c10d import Store
 
 _Value = TypeVar("_Value")
 _KEPT: Final = 2
@@ -78,7 +79,7 @@ class Task:
     """One call of a rank function on every rank of a layout."""
 
     rendezvous: str
-    """The file that ranks meet at if the groups are not formed yet; names the groups."""
+    """Names the groups: the file that ranks meet at, or a prefix in torchrun's store."""
     world_size: int
     layout: ParallelLayout
     function: RankFunction
@@ -88,7 +89,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a task on one rank; `at` is CLOCK_MONOTONIC, common to all processes."""
+    """What became of a task on one rank; `at` is CLOCK_MONOTONIC, common to a host's processes."""
 
     value: Any = None
     traceback: str | None = None
@@ -97,6 +98,23 @@ class Outcome:
     what: str = ""
     """The exception in one line."""
     at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a rank is among those of torchrun, on one host or several.
+
+    Args:
+        store: Host and port of torchrun's store, at which ranks meet.
+        local_rank: Of this rank on its host: which GPU it uses.
+        local_world_size: Ranks on a host; where hosts differ, on the fullest.
+        one_host: Whether there is no other.
+    """
+
+    store: tuple[str, int]
+    local_rank: int
+    local_world_size: int
+    one_host: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +127,8 @@ class RankSettings:
     collective_timeout: float
     private: Path
     """The pool's own directory, which is to go if the pool cannot see to it any more."""
+    place: Place | None = None
+    """None on a host that starts its own ranks: they meet in a file."""
 
 
 def serve(connection: Connection, settings: RankSettings) -> None:
@@ -144,8 +164,14 @@ def serve(connection: Connection, settings: RankSettings) -> None:
 
 
 def _call(task: Task, context: RankContext) -> Any:  # noqa: ANN401 - the function's own
-    with contextlib.nullcontext() if task.hook is None else task.hook(context):
-        return task.function(context, *task.args)
+    try:
+        with contextlib.nullcontext() if task.hook is None else task.hook(context):
+            return task.function(context, *task.args)
+    finally:
+        if context.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()  # other ranks, and the reference, are other processes
 
 
 def _failure(error: BaseException) -> Outcome:
@@ -163,15 +189,27 @@ def _failure(error: BaseException) -> Outcome:
 def _join(task: Task, settings: RankSettings) -> RankContext:
     from bridge import platform
 
+    place, timeout = settings.place, timedelta(seconds=settings.collective_timeout)
     device = platform.initialize(
         settings.rank,
         task.world_size,
         task.layout,
-        init_method=f"file://{task.rendezvous}",
+        init_method=f"file://{task.rendezvous}" if place is None else None,
+        store=None if place is None else _store(place, task.rendezvous, timeout),
         device=settings.device,
-        timeout=timedelta(seconds=settings.collective_timeout),
+        timeout=timeout,
+        local_rank=None if place is None else place.local_rank,
+        local_world_size=None if place is None else place.local_world_size,
     )
     return RankContext(rank=settings.rank, layout=task.layout, device=device)
+
+
+def _store(place: Place, prefix: str, timeout: timedelta) -> Store:
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # at run time
+
+    host, port = place.store
+    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return PrefixStore(prefix, store)
 
 
 def _leave() -> None:
@@ -195,13 +233,18 @@ def _settle(settings: RankSettings) -> None:
         threading.Thread(
             target=_die_with, args=(parent.sentinel, settings.private), daemon=True
         ).start()
-    # Ranks are processes of this host: gloo needs no route to anywhere else.
-    if Path("/sys/class/net/lo").exists():
+    # Where all ranks are processes of this host, gloo needs no route to anywhere else.
+    one_host = settings.place is None or settings.place.one_host
+    if one_host and Path("/sys/class/net/lo").exists():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     import torch
 
     if settings.device == "cpu":
         torch.set_num_threads(1)
+    else:
+        from bridge.platform import forbid_tf32
+
+        forbid_tf32()
 
 
 def _die_with(sentinel: int, private: Path) -> None:

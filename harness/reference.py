@@ -44,6 +44,9 @@ def hf_logits(model: Any, input_ids: Array, position_ids: Array) -> Array:  # no
             use_cache=False,
         ).logits
     logits: Array = (found if found.dtype == torch.float64 else found.float()).cpu().numpy()
+    del found
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # ranks are other processes
     return logits
 
 

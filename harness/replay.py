@@ -20,7 +20,7 @@ from harness.checks import CHECKS
 from harness.errors import SuiteError
 from harness.layouts import check_layout_name
 from harness.runner import Result, run_case
-from harness.suite import DEVICES, DTYPES, PROBES, Case
+from harness.suite import DEVICES, DTYPES, LAYERS, ON_CPU, PROBES, Case, Compute
 
 SCHEMA_VERSION: Final = 1
 MODEL_NAME: Final = "replayed"
@@ -39,6 +39,7 @@ class Replay:
         dtype: What to compute in.
         seed: Of the weights.
         device: `cpu` or `cuda`.
+        layers: One of `harness.suite.LAYERS`.
 
     Raises:
         SuiteError: HN101, anything that no case can have; all of it in one error.
@@ -50,6 +51,7 @@ class Replay:
     dtype: str = "float32"
     seed: int = 0
     device: str = "cpu"
+    layers: str = "local"
 
     def __post_init__(self) -> None:
         """Names are known, and axes are given exactly where the check has them."""
@@ -64,6 +66,7 @@ class Replay:
         for name, value, known in (
             ("dtype", self.dtype, DTYPES),
             ("device", self.device, DEVICES),
+            ("layers", self.layers, LAYERS),
             ("probe", self.probe, (None, *PROBES)),
         ):
             if value not in known:
@@ -78,18 +81,12 @@ class Replay:
     @property
     def case(self) -> Case:
         """The case it runs."""
-        return Case(
-            check=self.check,
-            model=MODEL_NAME,
-            dtype=self.dtype,
-            layout=self.layout,
-            probe=self.probe,
-            device=self.device,
-        )
+        compute = Compute(dtype=self.dtype, device=self.device, layers=self.layers)
+        return compute.case(self.check, MODEL_NAME, layout=self.layout, probe=self.probe)
 
 
 def replay_on(
-    layout: str, check: str, *, seed: int, probe: str = "long", dtype: str = "float32"
+    layout: str, check: str, *, seed: int, probe: str = "long", compute: Compute = ON_CPU
 ) -> Replay:
     """A replay of a check that may or may not have a layout and a probe."""
     axes = CHECKS[check].axes
@@ -97,8 +94,10 @@ def replay_on(
         check=check,
         layout=layout if "layout" in axes else None,
         probe=probe if "probe" in axes else None,
-        dtype=dtype,
+        dtype=compute.dtype,
         seed=seed,
+        device=compute.device,
+        layers=compute.layers,
     )
 
 

@@ -13,12 +13,20 @@ from bridge.errors import BridgeError
 from harness.bench import BASE_LAYOUT, Bench
 from harness.checks import CHECKS
 from harness.compare import Finding
-from harness.errors import ReferenceUnavailableError
-from harness.suite import Case
+from harness.errors import RanksUnavailableError, ReferenceUnavailableError
+from harness.suite import LAYERS, Case, forms_ranks
 
 logger = logging.getLogger(__name__)
 
 Status = Literal["passed", "failed", "error", "not run"]
+GPU: Final = "gpu"
+"""Why a case is left out that needs a GPU where torch finds none."""
+TRANSFORMER_ENGINE: Final = "transformer-engine"
+"""Why one is that needs Transformer Engine's layers where they are not installed, or on a CPU."""
+FLASH_ATTENTION: Final = "flash-attn"
+"""Why one is that needs that package."""
+RANKS: Final = "ranks"
+"""Why a case is left out whose layout has more ranks than torchrun has started."""
 NO_REFERENCE: Final = "reference"
 """Why a case is left out that needs the reference model where only files of its logits are."""
 STREAMED: Final = "streamed"
@@ -89,7 +97,7 @@ class RunReport:
 
 
 def in_running_order(cases: Iterable[Case]) -> list[Case]:
-    """By layout, so that groups are formed rarely; then by model, so that each is built once."""
+    """By layers and layout, so that ranks and groups are formed rarely; then by model."""
     ordered = list(cases)
     layouts = list(dict.fromkeys(_group(case) for case in ordered))
     models = list(dict.fromkeys(case.model for case in ordered))
@@ -100,6 +108,7 @@ def in_running_order(cases: Iterable[Case]) -> list[Case]:
         first = _FIRST_LAYOUTS.index(group) if group in _FIRST_LAYOUTS else len(_FIRST_LAYOUTS)
         return (
             case.device,
+            LAYERS.index(case.layers),
             first,
             layouts.index(group),
             models.index(case.model),
@@ -112,8 +121,7 @@ def in_running_order(cases: Iterable[Case]) -> list[Case]:
 
 
 def _group(case: Case) -> str | None:
-    # A round trip only names a layout for the way its files are cut; no ranks are formed.
-    return None if case.check == "round_trip" else case.layout
+    return case.layout if forms_ranks(case.check) else None
 
 
 def run_cases(
@@ -148,7 +156,7 @@ def run_cases(
 
 def run_case(case: Case, bench: Bench) -> Result:
     """Run one case; whatever happens in it stays in its result."""
-    missing = _unavailable(case.device)
+    missing = _unavailable(case)
     if missing is not None:
         return Result(case=case, status="not run", reason=missing)
     if not bench.can_answer(case):
@@ -156,9 +164,10 @@ def run_case(case: Case, bench: Bench) -> Result:
     started = time.monotonic()
     try:
         finding = CHECKS[case.check].run(case, bench)
-    except ReferenceUnavailableError as error:
+    except (RanksUnavailableError, ReferenceUnavailableError) as error:
+        reason = RANKS if isinstance(error, RanksUnavailableError) else NO_REFERENCE
         return Result(
-            case=case, status="not run", reason=NO_REFERENCE, traceback=str(error),
+            case=case, status="not run", reason=reason, traceback=str(error),
             seconds=time.monotonic() - started,
         )  # fmt: skip
     except BridgeError as error:
@@ -185,10 +194,18 @@ def run_case(case: Case, bench: Bench) -> Result:
     )
 
 
-def _unavailable(device: str) -> str | None:
-    """Why a device cannot be used, in one word; None when it can."""
-    if device == "cpu":
-        return None
-    import torch
+def _unavailable(case: Case) -> str | None:
+    """What a case lacks here, in one word; None when nothing."""
+    import importlib.util
 
-    return None if torch.cuda.is_available() else "gpu"
+    if case.device != "cpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            return GPU
+    if case.layers != "local":
+        if case.device == "cpu" or importlib.util.find_spec("transformer_engine") is None:
+            return TRANSFORMER_ENGINE
+        if case.layers == "te-flash" and importlib.util.find_spec("flash_attn") is None:
+            return FLASH_ATTENTION
+    return None

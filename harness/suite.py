@@ -8,6 +8,7 @@ are in `thresholds.toml`.
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import itertools
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,13 +22,17 @@ from harness.errors import SuiteError
 from harness.golden.cases import PREFIX, golden_model
 from harness.layouts import check_layout_name
 from harness.locations import suites_dir
+from harness.probes import CONTEXT_LENGTHS
 from harness.toys import toy_named
 
 SCHEMA_VERSION: Final = 1
 PROBES: Final = ("short", "long")
+"""What every model is run on; suites may also name one of `harness.probes.CONTEXT_LENGTHS`."""
 DTYPES: Final = ("float32", "bfloat16")
 DEVICES: Final = ("cpu", "cuda")
-_LISTS: Final = ("checks", "models", "layouts", "dtypes", "probes")
+LAYERS: Final = ("local", "te", "te-unfused", "te-fused", "te-flash")
+"""Megatron-Core's own layers, or Transformer Engine's and which attention of theirs."""
+_LISTS: Final = ("checks", "models", "layouts", "dtypes", "probes", "layers")
 _TOY: Final = "toy:"
 _GOLDEN: Final = "golden:"
 
@@ -42,13 +47,50 @@ class Case:
     layout: str | None = None
     probe: str | None = None
     device: str = "cpu"
+    layers: str = "local"
 
     @property
     def id(self) -> str:
         """As `--select` and reports have it: `logits/super-49b-v1/tp2-pp1/float32/long`."""
         parts = (self.check, self.model, self.layout, self.dtype, self.probe)
         name = "/".join(part for part in parts if part is not None)
-        return name if self.device == "cpu" else f"{name}/{self.device}"
+        name = name if self.device == "cpu" else f"{name}/{self.device}"
+        return name if self.layers == "local" else f"{name}/{self.layers}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """What cases compute in, where, and by which layers."""
+
+    dtype: str = "float32"
+    device: str = "cpu"
+    layers: str = "local"
+
+    def case(
+        self, check: str, model: str, *, layout: str | None = None, probe: str | None = None
+    ) -> Case:
+        """A case so computed. Layers are named only where there is a live model to have them."""
+        return Case(
+            check=check,
+            model=model,
+            dtype=self.dtype,
+            layout=layout,
+            probe=probe,
+            device=self.device,
+            layers=self.layers if forms_ranks(check) else "local",
+        )
+
+
+ON_CPU: Final = Compute()
+"""In float32 by local layers: what runs everywhere."""
+
+
+def layers_named(name: str, device: str) -> str:
+    """One of `LAYERS`; "auto" are Transformer Engine's on a GPU where they are installed."""
+    if name != "auto":
+        return name
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    return "te" if device == "cuda" and installed else "local"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +208,8 @@ def _problems(table: Mapping[str, Any], place: str) -> list[str]:
 
 
 def _unknown(key: str, values: Sequence[str]) -> Iterator[str]:
-    known = {"checks": tuple(CHECKS), "dtypes": DTYPES, "probes": PROBES}
+    probes = (*PROBES, *CONTEXT_LENGTHS)
+    known = {"checks": tuple(CHECKS), "dtypes": DTYPES, "probes": probes, "layers": LAYERS}
     for value in values:
         if key in known:
             if value not in known[key]:
@@ -190,12 +233,17 @@ def _cases(run: Mapping[str, Any]) -> Iterator[Case]:
         axes = CHECKS[name].axes
         layouts = run["layouts"] if "layout" in axes else (None,)
         probes = run["probes"] if "probe" in axes else (None,)
-        for layout, probe in itertools.product(layouts, probes):
-            yield Case(
-                check=name,
-                model=model.removeprefix(_TOY).replace(_GOLDEN, PREFIX),
-                dtype=dtype,
+        kinds = run.get("layers", ("local",)) if forms_ranks(name) else ("local",)
+        for layout, probe, layers in itertools.product(layouts, probes, kinds):
+            compute = Compute(dtype=dtype, device=run.get("device", "cpu"), layers=layers)
+            yield compute.case(
+                name,
+                model.removeprefix(_TOY).replace(_GOLDEN, PREFIX),
                 layout=layout,
                 probe=probe,
-                device=run.get("device", "cpu"),
             )
+
+
+def forms_ranks(check: str) -> bool:
+    """Whether a check has live models; a round trip only names a layout for how files are cut."""
+    return "layout" in CHECKS[check].axes and check != "round_trip"

@@ -13,7 +13,7 @@ from harness.checks import CHECKS
 if TYPE_CHECKING:
     from bridge.spec import ModelSpec
     from harness.bench import Subject
-    from harness.suite import Case
+    from harness.suite import Case, Compute
 
 CHECK_NAMES: Final = tuple(name for name in CHECKS if name != "golden")
 """Goldens are of the project's own models."""
@@ -45,13 +45,12 @@ def verification_cases(
     *,
     checks: Collection[str],
     layouts: Sequence[str],
-    dtype: str,
-    device: str,
+    compute: Compute,
     has_input: bool = False,
 ) -> list[Case]:
     """Every case of these checks that says something of one checkpoint."""
     from harness.probes import INPUT_PROBE
-    from harness.suite import PROBES, Case
+    from harness.suite import PROBES
 
     probes = (*PROBES, INPUT_PROBE) if has_input else PROBES
     cases = []
@@ -63,7 +62,7 @@ def verification_cases(
         if name == "round_trip":
             places = [_BASE]  # how the files of our own conversion are cut; no ranks are formed
         cases += [
-            Case(check=name, model=model, dtype=dtype, layout=layout, probe=probe, device=device)
+            compute.case(name, model, layout=layout, probe=probe)
             for layout in (places if "layout" in axes else [None])
             for probe in (probes if "probe" in axes else [None])
         ]

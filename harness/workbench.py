@@ -30,6 +30,7 @@ from harness.probes import INPUT_PROBE, Probe, probe_named
 from harness.ranks import RankFunction
 from harness.suite import Case
 from harness.thresholds import Thresholds, load_thresholds
+from harness.torchrun.lead import rank_source
 from harness.toys import toy_named, write_checkpoint
 
 _Value = TypeVar("_Value")
@@ -324,15 +325,19 @@ class Workbench:
 
     def request(self, case: Case, *, layout: str | None = None) -> ModelRequest:
         """The case's model for rank processes: the user's Megatron checkpoint, or the HF one."""
-        megatron = self.subject(case.model).megatron
-        kind: Literal["hf", "megatron"] = "hf" if megatron is None else "megatron"
+        subject, hf = self.subject(case.model), self.checkpoint(case)
+        kind: Literal["hf", "megatron", "synthetic"] = "hf" if hf.is_dir() else "synthetic"
+        if subject.megatron is not None:
+            kind = "megatron"
         return ModelRequest(
             spec=self.spec(case),
             layout=self.layout(case, layout),
             params_dtype=case.dtype,
             kind=kind,
-            path=megatron or self.checkpoint(case),
+            path=subject.megatron or hf,
+            seed=subject.seed,
             device="cuda" if case.device == "cuda" else "cpu",
+            layers=case.layers,
             variant=self.fault.name if self.spoils_ranks else HEALTHY.name,
         )
 
@@ -354,7 +359,9 @@ class Workbench:
         self, case: Case, layout: ParallelLayout, function: RankFunction, *args: object
     ) -> list[Any]:
         """Run a function on the ranks of a layout, under the fault; see `RankPool.run`."""
-        return self.pool(case.device).run(layout, function, *args, hook=self.fault.hook)
+        return self.pool(case.device, case.layers).run(
+            layout, function, *args, hook=self.fault.hook
+        )
 
     def prepare(self, cases: Sequence[Case]) -> None:
         """Do at once what cases share, where that is cheaper; nothing by default."""
@@ -363,12 +370,22 @@ class Workbench:
         """Import Megatron-Core while something else runs."""
         self.pool(device).warm_up()
 
-    def pool(self, device: str) -> RankPool:
-        """The rank processes for a kind of device."""
-        if device not in self._pools:
-            self._pools[device] = RankPool(
+    def pool(self, device: str, layers: str = "local") -> RankPool:
+        """The rank processes for a kind of device, and there for one kind of layers.
+
+        A process of Transformer Engine's has one attention backend. Of a GPU's ranks only those of
+        one kind live at a time: the others' models would fill it.
+        """
+        key = device if device == "cpu" else f"{device}/{layers}"
+        if key not in self._pools:
+            source = rank_source()
+            lasting = () if source.capacity is not None else ("cpu",)
+            for other in [one for one in self._pools if one not in lasting]:
+                self._pools.pop(other).close()
+            self._pools[key] = RankPool(
                 device="cuda" if device == "cuda" else "cpu",
                 timeout=self.timeout,
                 log_dir=self.log_dir,
+                source=source,
             )
-        return self._pools[device]
+        return self._pools[key]

@@ -29,6 +29,17 @@ _MAX_STORED: Final = 1 << 30
 
 Expected = list[tuple[str | None, int]]
 """Per row of a rank's tensor: the HF tensor and its row; None where Megatron pads with zeros."""
+# Alone before local layers; Transformer Engine's linears hold theirs, replacements as well.
+_ATTENTION_NORMS: Final = (
+    "input_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.layer_norm_weight",
+)
+_FFN_NORMS: Final = (
+    "pre_mlp_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight",
+    "mlp.layer_norm_weight",
+)
 
 
 def run(case: Case, bench: Bench) -> Finding:
@@ -42,6 +53,7 @@ def run(case: Case, bench: Bench) -> Finding:
         kind="megatron",
         path=bench.coded_megatron(case) if stored else _NOT_STORED,
         device="cuda" if case.device == "cuda" else "cpu",
+        layers=case.layers,
         variant=bench.fault.name,
     )
     config = bench.config(case)
@@ -163,9 +175,9 @@ def expected_rows(
     layer_idx, leaf = int(match[1]), match[2]
     layer = f"model.layers.{layer_idx}"
     attention, ffn = model.blocks[layer_idx]
-    if leaf in ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"):
+    if leaf in _ATTENTION_NORMS:
         return [(f"{layer}.input_layernorm.weight", row) for row in everything], None
-    if leaf in ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"):
+    if leaf in _FFN_NORMS:
         return [(f"{layer}.post_attention_layernorm.weight", row) for row in everything], None
     share = range(tp_rank * model.hidden_size // tp, (tp_rank + 1) * model.hidden_size // tp)
     if leaf == "self_attention.weight":

@@ -118,9 +118,21 @@ def pairs(_healthy: Function) -> Function:
 
 
 def _norms(part: Any) -> list[Any]:  # noqa: ANN401 - a GPTModel
-    import torch
+    """Modules that norm their input: Transformer Engine's linears do, replacements as well."""
+    return [
+        module
+        for name, module in part.named_modules()
+        if hasattr(module, "layer_norm_weight")
+        or (name.endswith("layernorm") and hasattr(module, "weight"))
+    ]
 
-    return [module for module in part.modules() if isinstance(module, torch.nn.RMSNorm)]
+
+def norm_weights(part: Any) -> list[Any]:  # noqa: ANN401 - a GPTModel
+    """Of every norm of a part."""
+    return [
+        module.layer_norm_weight if hasattr(module, "layer_norm_weight") else module.weight
+        for module in _norms(part)
+    ]
 
 
 def final_epsilon(part: Any, _spec: ModelSpec, _context: RankContext) -> None:  # noqa: ANN401 - as above
@@ -142,14 +154,14 @@ def _less_the_mean(_module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:  # n
 
 def one_less(part: Any, _spec: ModelSpec, _context: RankContext) -> None:  # noqa: ANN401 - as above
     """Norm weights stored around zero: `layernorm_1p`."""
-    for norm in _norms(part):
-        norm.weight.sub_(1)
+    for weight in norm_weights(part):
+        weight.sub_(1)
 
 
 def first_norm_ones(part: Any, _spec: ModelSpec, _context: RankContext) -> None:  # noqa: ANN401 - as above
     """A norm left at its initial ones."""
-    for norm in _norms(part)[:1]:
-        norm.weight.fill_(1)
+    for weight in norm_weights(part)[:1]:
+        weight.fill_(1)
 
 
 # --------------------------------------------------------------------------------------
@@ -157,16 +169,11 @@ def first_norm_ones(part: Any, _spec: ModelSpec, _context: RankContext) -> None:
 # --------------------------------------------------------------------------------------
 
 
-def _attentions(part: Any) -> list[Any]:  # noqa: ANN401 - as above
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-
-    return [module for module in part.modules() if isinstance(module, DotProductAttention)]
-
-
 def scale_squared(part: Any, _spec: ModelSpec, _context: RankContext) -> None:  # noqa: ANN401 - as above
     """Scores divided by the head size in place of its root."""
-    for attention in _attentions(part):
-        attention.softmax_scale = attention.softmax_scale**2
+    for module in part.modules():  # Transformer Engine keeps one for each backend
+        if isinstance(getattr(module, "softmax_scale", None), float):
+            module.softmax_scale = module.softmax_scale**2
 
 
 def looks_ahead(healthy: Function) -> Function:
@@ -335,7 +342,7 @@ FAULTS: Final = (
     _sum(name="attention-scale", stands_for="scores divided twice by the root of the head size",
          applies=traits.has_attention, rank=AfterBuild(scale_squared)),
     _sum(name="mask-off-by-one", stands_for="a causal mask that lets the next token through",
-         applies=traits.has_attention,
+         applies=traits.has_attention, local_only=True,
          rank=Replaced("bridge.forward", "_causal_mask", looks_ahead)),
     _sum(name="groups-tiled", stands_for="repeat for repeat_interleave over the query groups",
          applies=traits.has_shared_groups,

@@ -1,11 +1,11 @@
 """The kill matrix: every fault against every check, on several toys.
 
-A unit is one fault on one toy. Its cases are those of `MATRIX_CASES` whose check can see one of the
-fault's seams (`Check.sees`); what it cannot see it cannot kill, which a test holds the checks to.
-On the first toy that a fault applies to every check looks; on the others it is enough that two have
-killed it, since neither survival nor the need for a check can hang on a third. Units run in a few
-processes, each with rank processes of its own. A fault that no check kills on a
-toy that it applies to survives; a check that kills nothing is no check.
+A unit is one fault on one toy in one dtype. Its cases are those of `MATRIX_CASES` whose check can
+see one of the fault's seams (`Check.sees`); what it cannot see it cannot kill, which a test holds
+the checks to. On the first toy that a fault applies to every check looks; on the others it is
+enough that two have killed it, since neither survival nor the need for a check can hang on a third.
+Units run in a few processes, each with rank processes of its own. A fault that no check kills on a
+toy that it applies to, in any of the dtypes, survives; a check that kills nothing is no check.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from harness.faults import CATALOGUE, applicable, fault_named
 from harness.hooks import Fault, seams_of
 from harness.layouts import fits
 from harness.runner import Result, in_running_order, run_case
-from harness.suite import Case
+from harness.suite import ON_CPU, Case, Compute
 from harness.workers import over_benches
 
 DEFAULT_TOYS: Final = ("51b", "super-49b-v1_5", "tied")
@@ -55,7 +55,7 @@ MATRIX_CASES: Final[Sequence[tuple[str, str | None, str | None]]] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One fault on one toy, and what became of its cases."""
+    """One fault on one toy in one dtype, and what became of its cases."""
 
     fault: str
     toy: str
@@ -67,6 +67,7 @@ class Unit:
     """Checks that looked."""
     seconds: float
     seconds_by_check: Mapping[str, float] = field(default_factory=dict)
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,11 +80,21 @@ class Matrix:
     faults: Sequence[str] = field(default_factory=tuple)
 
     @property
+    def dtypes(self) -> list[str]:
+        """What faults were tried in."""
+        return list(dict.fromkeys(unit.dtype for unit in self.units))
+
+    @property
     def killed_by(self) -> dict[str, list[str]]:
         """Per fault the checks that killed it on some toy, in the order of the registry."""
+        return self.killed_in(None)
+
+    def killed_in(self, dtype: str | None) -> dict[str, list[str]]:
+        """The same in one dtype; None for any of them."""
         found: dict[str, set[str]] = {name: set() for name in self.faults}
         for unit in self.units:
-            found[unit.fault].update(unit.killed_by)
+            if dtype in (None, unit.dtype):
+                found[unit.fault].update(unit.killed_by)
         return {
             name: [check for check in self.checks if check in killers]
             for name, killers in found.items()
@@ -91,9 +102,10 @@ class Matrix:
 
     @property
     def survivors(self) -> list[str]:
-        """Faults that some toy let through, and those that no toy was there for."""
-        alive = {unit.fault for unit in self.units if not unit.killed_by}
-        tried = {unit.fault for unit in self.units}
+        """Faults that some toy let through in every dtype, and those that no toy was there for."""
+        killers = self._killers
+        alive = {fault for (fault, _), found in killers.items() if not found}
+        tried = {fault for fault, _ in killers}
         return [name for name in self.faults if name in alive or name not in tried]
 
     @property
@@ -106,9 +118,19 @@ class Matrix:
     def indispensable(self) -> dict[str, list[str]]:
         """Per check the faults that would survive somewhere without it."""
         found: dict[str, list[str]] = {check: [] for check in self.checks}
+        for (fault, _), killers in self._killers.items():
+            if len(killers) == 1:
+                (check,) = killers
+                if fault not in found[check]:
+                    found[check].append(fault)
+        return found
+
+    @property
+    def _killers(self) -> dict[tuple[str, str], set[str]]:
+        """What killed a fault on a toy, in whichever dtype."""
+        found: dict[tuple[str, str], set[str]] = {}
         for unit in self.units:
-            if len(unit.killed_by) == 1 and unit.fault not in found[unit.killed_by[0]]:
-                found[unit.killed_by[0]].append(unit.fault)
+            found.setdefault((unit.fault, unit.toy), set()).update(unit.killed_by)
         return found
 
     @property
@@ -122,6 +144,7 @@ class Matrix:
             "faults": list(self.faults),
             "checks": list(self.checks),
             "killed_by": self.killed_by,
+            "killed_by_dtype": {dtype: self.killed_in(dtype) for dtype in self.dtypes},
             "survivors": self.survivors,
             "idle_checks": self.idle_checks,
             "redundant_checks": self.redundant_checks,
@@ -137,6 +160,7 @@ class Matrix:
                 {
                     "fault": unit.fault,
                     "toy": unit.toy,
+                    "dtype": unit.dtype,
                     "killed_by": list(unit.killed_by),
                     "looked": list(unit.checks),
                     "first": unit.first,
@@ -148,10 +172,12 @@ class Matrix:
         }
 
 
-def cases_for(toy: str, bench: Bench, checks: Sequence[str], *, device: str = "cpu") -> list[Case]:
+def cases_for(
+    toy: str, bench: Bench, checks: Sequence[str], *, compute: Compute = ON_CPU
+) -> list[Case]:
     """The matrix's cases that a toy can be cut into."""
     found = [
-        Case(check=check, model=toy, dtype="float32", layout=layout, probe=probe, device=device)
+        compute.case(check, toy, layout=layout, probe=probe)
         for check, layout, probe in MATRIX_CASES
         if check in checks
     ]
@@ -190,7 +216,7 @@ def run_unit(
     name: str,
     toy: str,
     checks: Sequence[str],
-    device: str,
+    compute: Compute,
     enough: int | None = None,
 ) -> Unit:
     """Run one fault on one toy.
@@ -200,11 +226,11 @@ def run_unit(
         name: Of the fault.
         toy: On which.
         checks: Which checks look.
-        device: Where ranks run.
+        compute: In what, where, and by which layers.
         enough: Killers after which the others need not look; None lets all look.
     """
     started = time.monotonic()
-    cases = cases_for(toy, bench, checks, device=device)
+    cases = cases_for(toy, bench, checks, compute=compute)
     results = list(results_under(cases, bench, fault_named(name), enough=enough))
     kills = [result for result in results if result.status in ("failed", "error")]
     return Unit(
@@ -215,6 +241,7 @@ def run_unit(
         checks=tuple(dict.fromkeys(result.case.check for result in results)),
         seconds=time.monotonic() - started,
         seconds_by_check=_by_check(results),
+        dtype=compute.dtype,
     )
 
 
@@ -225,9 +252,9 @@ def _by_check(results: Sequence[Result]) -> dict[str, float]:
     return found
 
 
-def run_healthy(bench: Bench, toy: str, checks: Sequence[str], device: str) -> list[str]:
+def run_healthy(bench: Bench, toy: str, checks: Sequence[str], compute: Compute) -> list[str]:
     """What fails on the toy without a fault: nothing, or the matrix means nothing."""
-    cases = in_running_order(cases_for(toy, bench, checks, device=device))
+    cases = in_running_order(cases_for(toy, bench, checks, compute=compute))
     results = [run_case(case, bench) for case in cases]
     return [
         f"{result.case.id}: {result.summary}" for result in results if result.status != "passed"
@@ -239,12 +266,12 @@ def _unit(
     name: str | None,
     toy: str,
     checks: Sequence[str],
-    device: str,
+    compute: Compute,
     enough: int | None,
 ) -> Unit | list[str]:
     if name is None:
-        return run_healthy(bench, toy, checks, device)
-    return run_unit(bench, name, toy, checks, device, enough)
+        return run_healthy(bench, toy, checks, compute)
+    return run_unit(bench, name, toy, checks, compute, enough)
 
 
 def run_matrix(
@@ -252,19 +279,19 @@ def run_matrix(
     faults: Sequence[str] = (),
     toys: Sequence[str] = DEFAULT_TOYS,
     checks: Sequence[str] = (),
-    device: str = "cpu",
+    computes: Sequence[Compute] = (ON_CPU,),
     workers: int | None = None,
     timeout: float = 120.0,
     full: bool = False,
     on_unit: Callable[[Unit, int], None] = lambda _unit, _total: None,
 ) -> tuple[Matrix, list[str]]:
-    """Run faults against checks.
+    """Run faults against checks; those of local layers only where there are some.
 
     Args:
         faults: Names; none for all.
         toys: On which.
         checks: Which checks look; none for all.
-        device: Where ranks run.
+        computes: In what, where, and by which layers; all that is not live is the same in each.
         workers: Processes; see `over_benches`.
         timeout: Seconds a case may take.
         full: Every check looks on every toy.
@@ -274,15 +301,28 @@ def run_matrix(
         The matrix, and what failed without any fault.
     """
     started = time.monotonic()
-    names = tuple(faults) or tuple(CATALOGUE)
+    names = tuple(
+        name
+        for name in faults or CATALOGUE
+        if not CATALOGUE[name].local_only or any(one.layers == "local" for one in computes)
+    )
     looking = tuple(checks) or tuple(CHECKS)
-    wanted = [(name, toy) for name in names for toy in toys if applies(name, toy)]
-    arguments: list[tuple[Any, ...]] = [(None, toy, looking, device, None) for toy in toys]
-    seen: set[str] = set()
-    for name, toy in wanted:
-        arguments.append((name, toy, looking, device, ENOUGH if name in seen else None))
+    applying = [(name, toy) for name in names for toy in toys if applies(name, toy)]
+    wanted = [
+        (name, toy, compute)
+        for compute in computes
+        for name, toy in applying
+        if compute.layers == "local" or not CATALOGUE[name].local_only
+    ]
+    arguments: list[tuple[Any, ...]] = [
+        (None, toy, looking, compute, None) for compute in computes for toy in toys
+    ]
+    seen: set[tuple[str, Compute]] = set()
+    for name, toy, compute in wanted:
+        enough = ENOUGH if (name, compute) in seen else None
+        arguments.append((name, toy, looking, compute, enough))
         if not full:
-            seen.add(name)
+            seen.add((name, compute))
     units: dict[int, Unit] = {}
     alarms: list[str] = []
     for number, found in over_benches(_unit, arguments, workers=workers, timeout=timeout):

@@ -9,7 +9,8 @@ from typing import Any, Final
 from bridge.parameters import Parameter
 from bridge.spec import ModelSpec, ParallelLayout
 from harness.faults import traits
-from harness.faults.seams import AfterLoad, Replaced
+from harness.faults.arithmetic import norm_weights
+from harness.faults.seams import AfterBuild, AfterLoad, Replaced
 from harness.hooks import Fault
 from harness.ranks import RankContext
 
@@ -92,14 +93,10 @@ def sent_rounded(healthy: Function) -> Function:
     return send
 
 
-def unmarked(healthy: Function) -> Function:
+def unmarked(part: Any, _spec: ModelSpec, _context: RankContext) -> None:  # noqa: ANN401 - a GPTModel
     """Norms whose gradients nobody sums over the ranks that share the sequence."""
-
-    def build(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - a module
-        healthy(self, *args, **kwargs)
-        self.weight.sequence_parallel = False
-
-    return build
+    for weight in norm_weights(part):
+        weight.sequence_parallel = False
 
 
 def other_layers(healthy: Function) -> Function:
@@ -227,7 +224,7 @@ FAULTS: Final = (
     _parallel(name="sequence-parallel-norm-gradients",
               stands_for="norm gradients not summed over ranks that share a sequence",
               applies=traits.has_no_linear,
-              rank=Replaced("bridge.layer_specs", "TokenwiseRMSNorm.__init__", unmarked)),
+              rank=AfterBuild(unmarked)),
     _parallel(name="logits-gathered-backwards", stands_for="vocabulary shards joined in rank order",
               rank=Replaced("megatron.core.tensor_parallel",
                             "gather_from_tensor_model_parallel_region", gathered_backwards)),

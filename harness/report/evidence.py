@@ -123,7 +123,7 @@ def result_from_data(data: Mapping[str, Any]) -> Result:
             details=data["details"],
         )
     return Result(
-        case=Case(**{name: data[name] for name in Case.__slots__}),
+        case=Case(**{name: data[name] for name in Case.__slots__ if name in data}),
         status=data["status"],
         finding=finding,
         reason="" if finding is not None else data["summary"],

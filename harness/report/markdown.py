@@ -94,6 +94,10 @@ def _made_with(data: Mapping[str, Any]) -> str:
         f"{hardware['cpu']}, {hardware['cores']} cores, {gib(hardware['memory_bytes'])}"
         + "".join(f", {name}" for name in hardware["gpus"])
     )
+    items += [
+        f"float32 products by {name}: {error:.1f} ulp off, so not TF32"
+        for name, error in hardware.get("float32_product_ulp", {}).items()
+    ]
     return "\n".join(f"- {plain(item)}" for item in items)
 
 

@@ -47,6 +47,8 @@ CHECKS: Final = ("config", "logits", "blocks")
 """What any streamed model is asked."""
 PAIR_CHECKS: Final = ("round_trip",)
 """And what one is that has a Megatron checkpoint to be held against, bit by bit."""
+WALK_LAYOUT: Final = "tp1-pp1"
+"""Of the walk itself: this process is its only rank."""
 _WALKED: Final = ("logits", "blocks")
 DEFAULT_BUDGET: Final = 4 << 30
 
@@ -59,6 +61,8 @@ class Streaming:
         memory_budget: Bytes for weights, read or being computed with.
         threads: That read ahead, and as many for the oracle; None lets the machine decide, see
             `cores`.
+        resident: Megatron's logits are those of whole models on ranks, in any layout and of any
+            layers; only the reference and the truth come from the walk.
         keep: Where states are kept after each block.
         resume: Go on from what is kept there.
         quiet: No progress on stderr.
@@ -66,6 +70,7 @@ class Streaming:
 
     memory_budget: int = DEFAULT_BUDGET
     threads: int | None = None
+    resident: bool = False
     keep: Path | None = None
     resume: bool = False
     quiet: bool = False
@@ -105,6 +110,8 @@ class StreamingBench(Bench):
     def can_answer(self, case: Case) -> bool:
         """Whether a check needs neither the whole model nor a conversion of its own."""
         paired = self.subject(case.model).megatron is not None
+        if case.check == "blocks" and (case.layout, case.layers) != (WALK_LAYOUT, "local"):
+            return False
         return case.check in CHECKS or (paired and case.check in PAIR_CHECKS)
 
     def prepare(self, cases: Sequence[Case]) -> None:
@@ -162,8 +169,10 @@ class StreamingBench(Bench):
         return self.outcome(case).logits[self._probe_name(case)].reference
 
     def megatron_logits(self, case: Case, *, layout: str | None = None) -> Array:
-        """Megatron-Core's, free-running."""
-        del layout
+        """Megatron-Core's, free-running; on ranks where whole models are asked for."""
+        if self._streaming.resident:
+            self.outcome(case)  # first: it needs the memory that the models then take
+            return super().megatron_logits(case, layout=layout)
         return self.outcome(case).logits[self._probe_name(case)].ours
 
     def oracle_logits(self, case: Case, probe: Probe | None = None) -> Array:
@@ -305,6 +314,9 @@ class StreamingBench(Bench):
                 self._held(case, segments[first:], budget, mapping if other else None, other)
             )
             found = walk.run(held, first=first)
+        if device == "cuda":
+            del arena, reference, megatron, walk.sides
+            torch.cuda.empty_cache()  # ranks are other processes
         if walk.store is not None:
             self._finished.append(walk.store)
         spent = ", ".join(f"{what} {duration(count)}" for what, count in found.seconds.items())

@@ -1,10 +1,11 @@
 """Toy models: small, heterogeneous, and sure to show a mistake."""
 
-from harness.toys.catalogue import TOYS, VARIANT_TOYS, toy_named
+from harness.toys.catalogue import CONTEXT_TOY, TOYS, VARIANT_TOYS, toy_named
 from harness.toys.checkpoint import side_files, write_checkpoint
 from harness.toys.model import Toy, hf_tensors
 
 __all__ = [
+    "CONTEXT_TOY",
     "TOYS",
     "VARIANT_TOYS",
     "Toy",

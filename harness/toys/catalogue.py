@@ -1,11 +1,18 @@
-"""The toys: one for each published variant, and two for features that none of them has."""
+"""The toys: one for each published variant, two for features that none has, one for long runs."""
 
 from __future__ import annotations
 
 from typing import Final
 
 from bridge.errors import ConfigError
-from harness.oracle import Absent, Architecture, Attention, Mlp, Replaced
+from harness.oracle import (
+    Absent,
+    Architecture,
+    Attention,
+    Mlp,
+    Replaced,
+    inverse_frequencies,
+)
 from harness.toys.configs import (
     LINEAR,
     Part,
@@ -244,6 +251,37 @@ def _puzzle() -> Toy:
     )  # fmt: skip
 
 
+def _context() -> Toy:
+    real = published_config("Llama-3_3-Nemotron-Super-49B-v1_5")
+    parts: list[tuple[Part, Part]] = [
+        (2, 3.0), (None, 3.0), (2, 4.5), (None, None), (None, 3.0), (None, None),
+    ]  # fmt: skip
+    return Toy(
+        name="context",
+        stands_for="sequences as long as the context: heads of a size that fused attention is "
+        "made for, and few enough of them for a float64 pass over 131,072 tokens",
+        config=shrink(
+            real, hidden_size=256, num_attention_heads=4, num_hidden_layers=6, vocab_size=531,
+            block_configs=released_blocks(real, parts),
+        ),
+        properties=(
+            ("head_dim is 64", lambda m: m.kv_channels == 64),
+            (
+                "two blocks have attention, so keys and values of the second are of mixed tokens",
+                lambda m: len(groups_of(m)) == 2,
+            ),
+            ("a block between them has none", lambda m: isinstance(m.blocks[1][0], Absent)),
+            (
+                "the slowest pair of channels turns by less than 1 rad in 131,072 positions",
+                lambda m: 131_071 * float(inverse_frequencies(m).min()) < 1,
+            ),
+            _GROUPS_BELOW_TP,
+            _queries_per_group(2),
+            _rope_factor(16),
+        ),
+    )  # fmt: skip
+
+
 def _all() -> dict[str, Toy]:
     toys = (
         _nano_4b(),
@@ -262,6 +300,8 @@ def _all() -> dict[str, Toy]:
 TOYS: Final[dict[str, Toy]] = _all()
 VARIANT_TOYS: Final = tuple(name for name in TOYS if name not in {"tied", "puzzle"})
 """The seven that stand for a published checkpoint."""
+CONTEXT_TOY: Final = _context()
+"""The one for the probes of a whole context; not among those that every check is run on."""
 
 
 def toy_named(name: str) -> Toy:
@@ -270,7 +310,8 @@ def toy_named(name: str) -> Toy:
     Raises:
         ConfigError: BR100, no such toy.
     """
+    known = {**TOYS, CONTEXT_TOY.name: CONTEXT_TOY}
     try:
-        return TOYS[name.removeprefix("toy:")]
+        return known[name.removeprefix("toy:")]
     except KeyError:
-        raise ConfigError(f"no toy is called {name!r}", hint=f"known: {', '.join(TOYS)}") from None
+        raise ConfigError(f"no toy is called {name!r}", hint=f"known: {', '.join(known)}") from None

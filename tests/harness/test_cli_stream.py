@@ -99,6 +99,7 @@ def test_a_model_is_one_or_the_other(config: Path) -> None:
     ("flag", "value"),
     [
         ("--layouts", "tp2-pp1"),
+        ("--layers", "te-fused"),
         ("--reference-logits", "x.safetensors"),
         ("--trust-remote-code", None),
         ("--no-stream", None),
@@ -113,6 +114,21 @@ def test_what_a_streamed_model_cannot_do_is_refused(
     """Before any work, with a hint."""
     error = refused("--config", config, flag, *([] if value is None else [value]))
     assert error.hint
+
+
+def test_a_resident_model_has_layouts_and_layers(config: Path) -> None:
+    """And is all of it there; blocks, and what the walk has no part in, are another matter."""
+    asked = ["verify", "--config", str(config), "--resident", "--checks", "logits", "--list"]
+    result = CliRunner().invoke(
+        app, [*asked, "--layouts", "tp2-pp1,tp1-pp2", "--device", "cuda", "--layers", "te-fused"]
+    )
+    assert result.output.split() == [
+        f"logits/mine/{layout}/float32/{probe}/cuda/te-fused"
+        for layout in ("tp2-pp1", "tp1-pp2")
+        for probe in ("short", "long")
+    ]
+    assert "--blocks" in str(refused("--config", config, "--resident", "--blocks", "0"))
+    assert "--resident" in str(refused("--config", config, "--resident", "--no-stream"))
 
 
 def test_the_only_layout_may_be_named(config: Path) -> None:

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from bridge.errors import ConfigError
-from harness.probes import Probe, long_probe, probes, random_ids, short_probe, spread_positions
+from harness.probes import (
+    Probe,
+    long_probe,
+    probe_named,
+    probes,
+    random_ids,
+    short_probe,
+    spread_positions,
+)
 
 
 def test_the_long_probe_spreads_48_positions_over_the_whole_context() -> None:
@@ -63,6 +71,43 @@ def test_the_probes_are_pinned() -> None:
         digest.update(probe.input_ids.astype("<i8").tobytes())
         digest.update(probe.position_ids.astype("<i8").tobytes())
     assert digest.hexdigest() == "5937f965f1c50ec63c0d3369db0baba9b42f73c07875dd3127d6f8769dd60ae1"
+
+
+@pytest.mark.parametrize(("name", "length"), [("context-32k", 32_768), ("context-128k", 131_072)])
+def test_a_context_probe_counts_through_the_whole_context(name: str, length: int) -> None:
+    """One sequence of so many tokens, no position left out, every token of the vocabulary there."""
+    probe = probe_named(name, 531)
+    assert probe.name == name
+    assert probe.input_ids.dtype == np.int64
+    assert probe.input_ids.shape == (1, length)
+    assert probe.position_ids.tolist() == list(range(length))
+    assert set(probe.input_ids[0].tolist()) == set(range(531))
+
+
+@pytest.mark.parametrize("vocab_size", [2, 31, 531, 128_256])
+def test_each_stretch_of_a_context_has_tokens_of_its_own(vocab_size: int) -> None:
+    """So a mean over some of them is another than over all; both ends of the vocabulary occur."""
+    ids = probe_named("context-32k", vocab_size).input_ids[0]
+    assert (ids[0], ids[-1]) == (ids.min(), ids.max()) == (0, vocab_size - 1)
+    parts = [set(part.tolist()) for part in np.split(ids, 32)]
+    assert len(set.union(*parts)) > 0.9 * min(vocab_size, 16_384)
+    if vocab_size >= 32:
+        assert sum(map(len, parts)) == len(set.union(*parts))
+        assert all(len(part) > 0.5 * min(vocab_size // 32, 1024) for part in parts)
+    first, other = (probe_named(name, 531).input_ids[0] for name in ("context-32k", "context-128k"))
+    assert (first[:1024] != other[:1024]).mean() > 0.9
+
+
+def test_a_context_probe_longer_than_the_context_is_refused() -> None:
+    """A model of 32,768 positions runs the one and not the other; unknown names list the known."""
+    assert (
+        probe_named("context-32k", 531, max_position_embeddings=32_768).position_ids[-1] == 32_767
+    )
+    with pytest.raises(ConfigError, match="131072 tokens, the model's context 32768"):
+        probe_named("context-128k", 531, max_position_embeddings=32_768)
+    with pytest.raises(ConfigError, match="context-64k") as caught:
+        probe_named("context-64k", 531)
+    assert caught.value.hint == "known: short, long, context-32k, context-128k"
 
 
 @pytest.mark.parametrize(

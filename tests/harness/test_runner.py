@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from harness import checks, runner
 from harness.bench import Bench
 from harness.checks import Check
 from harness.compare import Finding
+from harness.errors import RanksUnavailableError
 from harness.report.text import print_report
 from harness.runner import Result, RunReport, in_running_order, run_cases
 from harness.suite import Case, load_suite
@@ -67,6 +69,24 @@ def test_an_exception_in_a_case_is_its_result_and_costs_no_other(
     assert report.exit_code == 3
 
 
+def test_a_layout_of_more_ranks_than_there_are_is_not_run_and_not_passed(
+    bench: Bench, behave: Callable[[Callable[[Case], Finding]], None]
+) -> None:
+    """Counted for its reason; forgiven only where that is allowed."""
+
+    def check(one: Case) -> Finding:
+        if one.model == "tied":
+            raise RanksUnavailableError("layout tp4-pp1 has 4 ranks, torchrun has started 2")
+        return finding(passed=True)
+
+    behave(check)
+    cases = [case("nano-4b"), case("tied")]
+    report = run_cases(cases, bench)
+    assert report.count_line == "1 passed, 0 failed, 1 not run (ranks)"
+    assert report.exit_code == 3
+    assert run_cases(cases, bench, allowed_not_run=["ranks"]).exit_code == 0
+
+
 def test_an_error_of_the_user_is_kept_with_its_places(
     bench: Bench, behave: Callable[[Callable[[Case], Finding]], None]
 ) -> None:
@@ -103,7 +123,7 @@ def test_a_case_without_its_device_is_counted_as_not_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A skip is never a pass, unless it was allowed by name; then something else must pass."""
-    monkeypatch.setattr(runner, "_unavailable", lambda device: "gpu" if device == "cuda" else None)
+    monkeypatch.setattr(runner, "_unavailable", lambda one: "gpu" if one.device == "cuda" else None)
     behave(lambda _one: finding(passed=True))
     cases = [case("tied"), case("tied", device="cuda"), case("puzzle", device="cuda")]
     report = run_cases(cases, bench)
@@ -111,6 +131,34 @@ def test_a_case_without_its_device_is_counted_as_not_run(
     assert report.exit_code == 3
     assert run_cases(cases, bench, allowed_not_run=["gpu"]).exit_code == 0
     assert run_cases(cases[1:], bench, allowed_not_run=["gpu"]).exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("device", "layers", "there", "reason"),
+    [
+        ("cpu", "local", (), None),
+        ("cpu", "te", ("gpu", "transformer_engine"), "transformer-engine"),
+        ("cuda", "local", (), "gpu"),
+        ("cuda", "te", (), "gpu"),
+        ("cuda", "local", ("gpu",), None),
+        ("cuda", "te-fused", ("gpu",), "transformer-engine"),
+        ("cuda", "te-fused", ("gpu", "transformer_engine"), None),
+        ("cuda", "te-flash", ("gpu", "transformer_engine"), "flash-attn"),
+        ("cuda", "te-flash", ("gpu", "transformer_engine", "flash_attn"), None),
+    ],
+)
+def test_what_a_case_lacks_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    layers: str,
+    there: tuple[str, ...],
+    reason: str | None,
+) -> None:
+    """A card, Transformer Engine on it, flash-attn in that: whichever is missing first."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: "gpu" in there)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in there else None)
+    one = replace(case("tied", device=device), layers=layers)
+    assert runner._unavailable(one) == reason
 
 
 def test_cases_run_by_layout_and_each_result_is_told_at_once(

@@ -9,7 +9,7 @@ import pytest
 
 from harness.checks import CHECKS
 from harness.errors import SuiteError
-from harness.suite import Case, load_suite, parse_suite, select, suite_names
+from harness.suite import Case, layers_named, load_suite, parse_suite, select, suite_names
 from harness.toys import TOYS, VARIANT_TOYS
 
 
@@ -56,6 +56,38 @@ def test_defaults_fill_what_a_run_leaves_out_and_nothing_else() -> None:
         defaults=defaults,
     )
     assert [c.id for c in cases] == ["config/nano-4b/float32", "placement/tied/tp1-pp1/float32"]
+
+
+def test_layers_are_an_axis_of_what_has_a_live_model() -> None:
+    """Local ones go without saying; a round trip and a configuration have none."""
+    cases = parse(
+        {
+            "checks": ["config", "round_trip", "rope"],
+            "models": ["toy:tied"],
+            "layouts": ["tp1-pp1"],
+            "dtypes": ["bfloat16"],
+            "layers": ["local", "te", "te-fused"],
+            "device": "cuda",
+        }
+    )
+    assert [case.id for case in cases] == [
+        "config/tied/bfloat16/cuda",
+        "round_trip/tied/tp1-pp1/bfloat16/cuda",
+        "rope/tied/tp1-pp1/bfloat16/cuda",
+        "rope/tied/tp1-pp1/bfloat16/cuda/te",
+        "rope/tied/tp1-pp1/bfloat16/cuda/te-fused",
+    ]
+
+
+def test_layers_by_default_are_transformer_engine_s_where_it_can_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is named is taken as it is; the case then says what it lacks."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert [layers_named("auto", device) for device in ("cpu", "cuda")] == ["local", "local"]
+    assert layers_named("te-flash", "cpu") == "te-flash"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert [layers_named("auto", device) for device in ("cpu", "cuda")] == ["local", "te"]
 
 
 def test_the_device_is_part_of_the_id_where_it_is_not_the_cpu() -> None:

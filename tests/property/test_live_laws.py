@@ -24,7 +24,7 @@ from harness.replay import replay_on, run_replay, write_model
 from harness.runner import Result
 from harness.samples import LIVE_FEATURES, Sample, covering_samples, draw_samples
 from harness.shrink import report, shrink
-from harness.suite import Case
+from harness.suite import Compute
 from harness.thresholds import judge_logits
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ else:  # a module beside this file: tests are not a package
 pytestmark = pytest.mark.ranks
 
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "dev")
+COMPUTE = Compute(
+    dtype=os.environ.get("NEMOTRON_BRIDGE_DTYPE", "float32"),
+    device=os.environ.get("NEMOTRON_BRIDGE_DEVICE", "cpu"),
+    layers=os.environ.get("NEMOTRON_BRIDGE_LAYERS", "local"),
+)
+"""The laws hold everywhere: what to compute in, where, and by which layers."""
 MORE = {"dev": 0, "ci": 4, "nightly": 300}
 """Samples besides the covering ones, by profile."""
 SHRINK_TRIES = 60
@@ -47,7 +53,7 @@ Law = Callable[[Bench, Sample], str]
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """One set of ranks for all samples."""
     with Bench(tmp_path_factory.mktemp("laws"), timeout=120) as found:
-        found.pool("cpu").warm_up()
+        found.pool(COMPUTE.device, COMPUTE.layers).warm_up()
         yield found
 
 
@@ -69,7 +75,7 @@ def hold(law: Law, check: str, bench: Bench, samples: list[Sample]) -> None:
         if wrong:
             small = shrink(sample, lambda one: bool(law(bench, one)), max_tries=SHRINK_TRIES).sample
             directory = Path(tempfile.mkdtemp(prefix=f"nemotron-bridge-{check}-"))
-            replay = replay_on(small.layout, check, seed=small.seed)
+            replay = replay_on(small.layout, check, seed=small.seed, compute=COMPUTE)
             command = report(small, directory, replay, summary=wrong)
             pytest.fail(f"{wrong}\nof {sample.describe()}\nsmallest: {small.describe()}\n{command}")
 
@@ -83,7 +89,7 @@ def checked(check: str, probe: str = "long") -> Law:
     """A check of the harness as a law."""
 
     def law(bench: Bench, sample: Sample) -> str:
-        replay = replay_on(sample.layout, check, seed=sample.seed, probe=probe)
+        replay = replay_on(sample.layout, check, seed=sample.seed, probe=probe, compute=COMPUTE)
         return verdict(run_replay(sample.config, replay, bench))
 
     return law
@@ -108,8 +114,10 @@ def files_of_any_layout_load_on_any_other(bench: Bench, sample: Sample) -> str:
                 params_dtype=sample.spec.params_dtype,
                 kind="hf",
                 path=hf,
+                device="cuda" if COMPUTE.device == "cuda" else "cpu",
+                layers=COMPUTE.layers,
             )
-            ranks = bench.pool("cpu").run(
+            ranks = bench.pool(COMPUTE.device, COMPUTE.layers).run(
                 layout, law_ranks.both_ways, wanted, replace(wanted, kind="megatron", path=target)
             )
             found += [f"cut for tp{tp}-pp{pp}: {name}" for names, _ in ranks for name in names]
@@ -125,9 +133,9 @@ def the_reference_is_sane(bench: Bench, sample: Sample) -> str:
         path = write_model(sample.config, Path(name) / "model" / "hf", seed=sample.seed)
         own = bench.beside(Path(name), {"sample": Subject(name="sample", hf=path)})
         for probe in ("short", "long"):
-            case = Case(check="logits", model="sample", dtype="float32", probe=probe)
+            case = COMPUTE.case("logits", "sample", probe=probe)
             logits = own.reference_logits(case)
-            judged = judge_logits(logits, logits, own.oracle_logits(case), dtype="float32")
+            judged = judge_logits(logits, logits, own.oracle_logits(case), dtype=COMPUTE.dtype)
             found += [one.describe() for one in judged.verdicts if not one.passed]
     return "\n".join(found)
 

@@ -13,13 +13,35 @@ from harness.checks import CHECKS
 from harness.faults.matrix import Matrix, Unit, cases_for, run_unit
 from harness.hooks import SEAMS, Fault
 from harness.runner import run_case
+from harness.suite import ON_CPU
 
 
-def unit(fault: str, toy: str, *killed_by: str) -> Unit:
+def unit(fault: str, toy: str, *killed_by: str, dtype: str = "float32") -> Unit:
     """One fault on one toy, looked at by all checks."""
     return Unit(
-        fault=fault, toy=toy, killed_by=killed_by, first="", checks=("a", "b", "c"), seconds=0.0
-    )
+        fault=fault, toy=toy, killed_by=killed_by, first="", checks=("a", "b", "c"), seconds=0.0,
+        dtype=dtype,
+    )  # fmt: skip
+
+
+def test_a_fault_that_one_dtype_lets_through_must_die_in_another() -> None:
+    """What is too small for bfloat16 is left to float32; on every toy, and it is said which."""
+    small = [unit("one", "x", "a"), unit("one", "x", dtype="bfloat16")]
+    matrix = Matrix(units=small, checks=("a", "b"), faults=("one",), seconds=0.0)
+    assert matrix.survivors == []
+    assert matrix.indispensable == {"a": ["one"], "b": []}
+    assert matrix.dtypes == ["float32", "bfloat16"]
+    assert matrix.killed_in("float32") == matrix.killed_by == {"one": ["a"]}
+    assert matrix.killed_in("bfloat16") == {"one": []}
+    other = unit("one", "y", dtype="bfloat16")
+    assert Matrix(
+        units=[*small, other], checks=("a", "b"), faults=("one",), seconds=0.0
+    ).survivors == ["one"]
+    both = Matrix(
+        units=[unit("one", "x", "a"), unit("one", "x", "b", dtype="bfloat16")],
+        checks=("a", "b"), faults=("one",), seconds=0.0,
+    )  # fmt: skip
+    assert both.redundant_checks == ["a", "b"]
 
 
 def test_a_fault_survives_when_one_toy_lets_it_through_or_none_tried_it() -> None:
@@ -69,7 +91,7 @@ def test_a_check_goes_through_no_seam_it_does_not_declare(check: str, tmp_path: 
 def test_a_unit_names_its_killers_in_order(tmp_path: Path) -> None:
     """A wrong RoPE factor is seen by the configuration and by RoPE, in a model of any kind."""
     with Bench(tmp_path, timeout=120) as bench:
-        found = run_unit(bench, "rope-factor", "nano-4b", ["config", "placement", "rope"], "cpu")
+        found = run_unit(bench, "rope-factor", "nano-4b", ["config", "placement", "rope"], ON_CPU)
     assert found.killed_by == ("config", "rope")
     assert found.checks == ("config", "placement", "rope")
     assert found.first.startswith("config/nano-4b/float32: ")

@@ -11,7 +11,7 @@ import pytest
 
 from bridge.errors import BridgeError, ConfigError, InconsistentConfigError
 from harness.oracle import read_config
-from harness.toys import TOYS, VARIANT_TOYS, Toy, hf_tensors, toy_named
+from harness.toys import CONTEXT_TOY, TOYS, VARIANT_TOYS, Toy, hf_tensors, toy_named
 from harness.toys.configs import published_config, released_blocks, shrink
 
 PUBLISHED = {
@@ -120,6 +120,54 @@ def test_every_toy_claims_something_of_its_own() -> None:
     """A toy without a property of its own stands for nothing."""
     assert all(toy.claims for toy in TOYS.values())
     assert len({toy.claims for toy in TOYS.values()}) == len(TOYS)
+
+
+def test_the_toy_for_long_runs_has_its_originals_context_and_is_run_by_name_only() -> None:
+    """Every position up to 131,071; what every check runs on stays as small as it is."""
+    real = published_config("Llama-3_3-Nemotron-Super-49B-v1_5")
+    assert list(real) == list(CONTEXT_TOY.config)
+    assert CONTEXT_TOY.config["max_position_embeddings"] == 131_072
+    assert CONTEXT_TOY.config["rope_scaling"] == real["rope_scaling"]
+    assert toy_named("toy:context") is CONTEXT_TOY
+    assert CONTEXT_TOY not in TOYS.values()
+    assert CONTEXT_TOY.claims not in {toy.claims for toy in TOYS.values()}
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        ({"num_attention_heads": 8}, "head_dim is 64"),
+        ({"rope_theta": 10_000.0}, "the slowest pair of channels turns by less than 1 rad"),
+    ],
+)
+def test_the_toy_for_long_runs_cannot_lose_its_properties(
+    change: dict[str, object], lost: str
+) -> None:
+    """Other heads, or a RoPE that turns every pair."""
+    with pytest.raises(InconsistentConfigError) as caught:
+        dataclasses.replace(CONTEXT_TOY, config=CONTEXT_TOY.config | change)
+    assert any(claim.startswith(lost) for claim in caught.value.where)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "lost"),
+    [
+        ((2, 3.0), (2, 3.0), "two blocks have attention"),
+        ((2, 3.0), (2, 3.0), "a block between them has none"),
+        ((4, 3.0), (None, 3.0), "2 query heads share a key head"),
+    ],
+)
+def test_the_toy_for_long_runs_keeps_its_blocks(
+    first: tuple[float | None, float], second: tuple[float | None, float], lost: str
+) -> None:
+    """A third attention would make the oracle half as slow again."""
+    blocks = [
+        *released_blocks(CONTEXT_TOY.config, [first, second]),
+        *CONTEXT_TOY.config["block_configs"][2:],
+    ]
+    with pytest.raises(InconsistentConfigError) as caught:
+        dataclasses.replace(CONTEXT_TOY, config=CONTEXT_TOY.config | {"block_configs": blocks})
+    assert any(claim.startswith(lost) for claim in caught.value.where)
 
 
 def test_toys_are_found_by_name_with_or_without_the_prefix() -> None:
