@@ -98,6 +98,13 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def cluster(session: nox.Session) -> None:
+    """Run the tests of several machines that take minutes: whole suites and lost processes."""
+    python = environment(session)
+    session.run(python, "-m", "pytest", "-n", "2", "-m", "cluster", *session.posargs)
+
+
+@nox.session
 def faults(session: nox.Session) -> None:
     """Break the bridge in every known way on several toys; any survivor fails."""
     python = environment(session)

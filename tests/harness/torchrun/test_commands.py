@@ -47,6 +47,7 @@ def cases_of(report: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.cluster
 def test_two_processes_give_the_verdicts_and_numbers_of_one_host(
     started: Make, tmp_path: Path
 ) -> None:

@@ -219,6 +219,7 @@ def test_a_pool_without_torchrun_is_of_this_host() -> None:
         assert isinstance(found._source, LocalRanks)
 
 
+@pytest.mark.cluster
 def test_a_lost_keeper_ends_its_rank_and_leaves_the_others(started: Make) -> None:
     """As where a machine goes down; torchrun would end the run a little later."""
     run = started(SIZE, 1)
@@ -240,6 +241,7 @@ def test_a_lost_keeper_ends_its_rank_and_leaves_the_others(started: Make) -> Non
     assert found[1] == (0, "", "")
 
 
+@pytest.mark.cluster
 def test_keepers_and_ranks_end_with_a_lead_that_was_killed(started: Make) -> None:
     """Quietly: torchrun has a failure to report, and it is not theirs."""
     run = started(2, 2)
