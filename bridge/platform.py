@@ -28,7 +28,14 @@ Device = Literal["cpu", "cuda"]
 
 _TIMEOUT: Final = timedelta(minutes=5)
 _SEED: Final = 1234
-_PACKAGES: Final = ("torch", "megatron-core", "transformer-engine", "transformers", "numpy")
+_PACKAGES: Final = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "flash-attn",
+    "transformers",
+    "numpy",
+)
 
 
 def prepare(device: Device = "cpu") -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -29,8 +30,6 @@ def keep() -> None:
         keeper = _Keeper(join(store, Member.here()), Path(private))
         try:
             keeper.serve()
-        except (EOFError, OSError):  # the lead has closed the connection, or is gone
-            pass
         finally:
             keeper.kill()
 
@@ -47,11 +46,18 @@ class _Keeper:
             worker = None if self._has_ended else self._worker
             ready = wait([self._lead, *(worker.handles if worker is not None else ())])
             if self._lead in ready:
-                self._obey(*self._lead.recv())
+                try:
+                    what, payload = self._lead.recv()
+                except (EOFError, OSError):  # the lead has closed the connection, or is gone
+                    return
+                self._obey(what, payload)
             elif worker is not None:
                 answer = worker.receive()
                 self._has_ended = answer is None
-                self._lead.send(("ended", worker.death()) if answer is None else ("answer", answer))
+                if answer is None:
+                    self._tell("ended", worker.death())
+                else:
+                    self._tell("answer", answer)
 
     def kill(self) -> None:
         """End the rank process, and whatever it has started."""
@@ -63,7 +69,7 @@ class _Keeper:
     def _obey(self, what: str, payload: object) -> None:
         match what, payload:
             case "start", RankSettings():
-                self._lead.send((what, self._start(payload)))
+                self._tell(what, self._start(payload))
             case "task", bytes() if self._worker is not None:
                 self._worker.send(payload)
             case "dump", _:
@@ -71,16 +77,20 @@ class _Keeper:
                     self._worker.dump_stacks()
             case "tail", _:
                 tail = "" if self._worker is None else self._worker.log_tail()
-                self._lead.send((what, tail))
+                self._tell(what, tail)
             case "kill", _:
                 self.kill()
-                self._lead.send((what, None))
+                self._tell(what, None)
             case "warm up", _:
                 LocalRanks().warm_up()
             case "sees", (list(names), float(seconds)):
-                self._lead.send((what, _unseen(names, seconds)))
+                self._tell(what, _unseen(names, seconds))
             case _:
                 raise RuntimeError(f"a keeper cannot {what}")
+
+    def _tell(self, what: str, payload: object) -> None:
+        with contextlib.suppress(OSError):  # without a lead the next question never comes
+            self._lead.send((what, payload))
 
     def _start(self, settings: RankSettings) -> int:
         self.kill()

@@ -42,7 +42,7 @@ class Member:
     local_rank: int
     local_world_size: int
     software: Mapping[str, str | None]
-    """Versions of packages, and the sha256 of this one's code as installed there."""
+    """Versions of packages, the sha256 of this one's code as installed there, and GPUs."""
 
     @classmethod
     def here(cls) -> Member:
@@ -51,6 +51,8 @@ class Member:
         Raises:
             BackendUnavailableError: HN201, it is none of torchrun's.
         """
+        import torch
+
         from bridge.platform import describe
         from harness.report.digests import code_sha256
 
@@ -63,7 +65,12 @@ class Member:
             host=socket.gethostname(),
             local_rank=local_rank,
             local_world_size=size,
-            software={"nemotron-bridge": code_sha256(), **describe()["versions"]},
+            software={
+                "nemotron-bridge": code_sha256(),
+                **describe()["versions"],
+                # Each rank decides by its own host's between NCCL and gloo.
+                "number of GPUs": str(torch.cuda.device_count()),
+            },
         )
 
 
@@ -91,6 +98,7 @@ class Link:
                 kind, answer = self.connection.recv()
                 if kind == what:
                     return answer
+        self.connection.close()  # nobody is to wait for it again
         raise WorkerFailedError(
             f"rank {self.member.rank}'s process of torchrun is gone, or does not answer",
             where=f"host {self.member.host}",
