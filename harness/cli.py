@@ -275,9 +275,11 @@ def parity(
     if layers is not None:
         cases = tuple(
             replace(case, layers=layers_named(layers, case.device))
-            for case in cases
             if forms_ranks(case.check)
-        ) + tuple(case for case in cases if not forms_ranks(case.check))
+            else case
+            for case in cases
+        )
+    cases = tuple(dict.fromkeys(cases))  # what differed in this alone is one case now
     chosen = select_cases(cases, select or ())
     if list_only:
         print_ids(chosen, json_=json_ or form == "json")

@@ -105,6 +105,7 @@ def faults(
         )  # fmt: skip
     # Whether a check is needed shows only where every fault and every check took part.
     whole = not select and not checks and not toys
+    left_out = [name for name in names if name not in matrix.faults]
     wrong = [f"survived: {name}" for name in matrix.survivors]
     wrong += [f"failed without a fault: {alarm}" for alarm in alarms]
     if whole:
@@ -114,13 +115,15 @@ def faults(
             for name in matrix.redundant_checks
             if name not in matrix.idle_checks
         ]
-    data = matrix.to_dict() | {"alarms": alarms, "problems": wrong}
+    data = matrix.to_dict() | {"alarms": alarms, "problems": wrong, "left_out": left_out}
     if json_:
         print_json(data)
     else:
         console = stdout()
         for one in matrix.dtypes:
             console.print(_as_table(matrix, one))
+        if left_out:
+            console.print(f"left out, for they come in at local layers: {', '.join(left_out)}")
         _say(console, matrix, wrong)
     if report is not None:
         with writing_into(report):

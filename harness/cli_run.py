@@ -122,7 +122,7 @@ def run_and_report(
     if report_dir is not None:
         report_directory(report_dir, rank_logs=True)
     wanted = report_dir is not None or form != "text"
-    products = _float32_products() if any(case.device == "cuda" for case in cases) else {}
+    products = _float32_products(cases)
     thresholds, memory = load_thresholds(), MemoryWatch()
     inputs = _hashed(subjects) if wanted else {}
     with ExitStack() as stack:
@@ -180,7 +180,10 @@ def _scratch(parent: Path | None) -> Iterator[Path]:
         if parent is not None:
             parent = parent.absolute()  # for ranks, wherever they are
             parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix="nemotron-bridge-", dir=parent)
+        # A network's file system keeps what is still mapped: no reason to lose the results.
+        made = tempfile.TemporaryDirectory(
+            prefix="nemotron-bridge-", dir=parent, ignore_cleanup_errors=True
+        )
     except OSError as error:
         raise UsageError(
             f"cannot work there: {error.strerror}",
@@ -203,11 +206,11 @@ def _check_shared(
         ranks.check_shared([directory, *([report_dir] if report_dir else [])], models)
 
 
-def _float32_products() -> dict[str, float]:
-    """See that products on this GPU are float32's in this process and those it will start.
+def _float32_products(cases: Sequence[Case]) -> dict[str, float]:
+    """See that products on a GPU are float32's in this process and those it will start.
 
     Raises:
-        EnvironmentMissingError: BR500, they are TF32's.
+        EnvironmentMissingError: BR500, they are TF32's; or Transformer Engine does not load.
     """
     import importlib.util
 
@@ -216,11 +219,21 @@ def _float32_products() -> dict[str, float]:
     from bridge.errors import EnvironmentMissingError
     from bridge.platform import float32_product_error, forbid_tf32
 
+    used = {case.layers for case in cases if case.device == "cuda"}
+    if not used:
+        return {}
     forbid_tf32()
     if not torch.cuda.is_available():
         return {}
-    if importlib.util.find_spec("transformer_engine") is not None:
-        import transformer_engine.pytorch  # noqa: F401 - to be measured, too
+    if used != {"local"} and importlib.util.find_spec("transformer_engine") is not None:
+        try:
+            import transformer_engine.pytorch  # noqa: F401 - to be measured, too
+        except (ImportError, OSError) as error:
+            raise EnvironmentMissingError(
+                "Transformer Engine is installed and does not load",
+                where=str(error).partition("\n")[0],
+                hint="install one that was built for this torch, or run with --layers local",
+            ) from error
     found = float32_product_error()
     rough = [f"{name}: {error:.0f} ulp" for name, error in found.items() if error > _ROUGH]
     if rough:
@@ -308,9 +321,19 @@ def _identity(
         "thresholds": digest_of(thresholds_as_data(thresholds)),
         "inputs": inputs,
         "options": {name: _options(subject) for name, subject in subjects.items()},
+        "gpus": _gpus(cases),
         # How many threads there are moves the order of sums, not what is judged.
         "versions": {name: one for name, one in versions().items() if name != "num_threads"},
     }
+
+
+def _gpus(cases: Sequence[Case]) -> list[str]:
+    """The kinds of card that cases are run on, if any is."""
+    from harness.report.machine import hardware
+
+    if all(case.device == "cpu" for case in cases):
+        return []
+    return sorted(set(hardware()["gpus"]))
 
 
 def _options(subject: Subject) -> dict[str, Any]:

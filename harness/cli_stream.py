@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import typer
 
@@ -51,8 +51,8 @@ Resident = Annotated[
     bool,
     typer.Option(
         "--resident",
-        help="While streaming: hold Megatron whole on the ranks of --layouts, with --layers; only "
-        "the reference and the truth are streamed.",
+        help="While streaming: hold Megatron whole on the ranks of --layouts, with --layers; the "
+        "logits are theirs, beside a walk for the reference and the truth.",
     ),
 ]
 _SHARE: Final = 0.8
@@ -159,7 +159,8 @@ def with_streaming(subject: Subject, options: StreamOptions) -> Subject:
     if options.config is not None:
         place = path.resolve()
         name = place.parent.name if place.name == "config.json" else place.stem
-    return replace(subject, name=name, seed=options.seed, blocks=blocks)
+    streamed: Literal["walk", "resident"] = "resident" if options.resident else "walk"
+    return replace(subject, name=name, seed=options.seed, blocks=blocks, streamed=streamed)
 
 
 def refuse_unanswerable(checks: Sequence[str], *, paired: bool) -> None:
@@ -224,9 +225,7 @@ def bench_of(options: StreamOptions, report: Path | None, resume: bool) -> Calla
     from harness.streaming.bench import Streaming, StreamingBench
 
     budget = parse_size(options.memory_budget)
-    streaming = Streaming(
-        memory_budget=budget, resident=options.resident, keep=report, resume=resume
-    )
+    streaming = Streaming(memory_budget=budget, keep=report, resume=resume)
     return partial(StreamingBench, streaming=streaming)
 
 

@@ -32,6 +32,7 @@ class ModelRequest:
         kind: Format of `path`.
         path: Checkpoint directory; of "synthetic" weights the configuration.
         seed: Which synthetic weights.
+        carry: Unknown fields of that configuration which the user lets through.
         device: Where it lives.
         layers: Of which kind, one of `harness.suite.LAYERS`.
         variant: The fault it is built under; models of different faults are different models.
@@ -43,6 +44,7 @@ class ModelRequest:
     kind: Literal["hf", "megatron", "synthetic"]
     path: Path
     seed: int = 0
+    carry: tuple[str, ...] = ()
     device: Literal["cpu", "cuda"] = "cpu"
     layers: str = "local"
     variant: str = "healthy"
@@ -78,7 +80,8 @@ def fill(parts: list[Any], request: ModelRequest) -> None:
 
         device = "cuda" if request.device == "cuda" else None
         # The model's own weights: a fault may have changed `request.spec`.
-        with SyntheticSource(read_spec(request.path), seed=request.seed, device=device) as drawn:
+        own = read_spec(request.path, carry=request.carry)
+        with SyntheticSource(own, seed=request.seed, device=device) as drawn:
             load_hf(parts, request.spec, request.layout, drawn)
     else:
         with MegatronSource(request.path) as megatron:

@@ -52,6 +52,8 @@ class Subject:
             of them, a reference model that cannot be run here is no error.
         seed: Of synthetic weights, where `hf` is a configuration alone; see `harness.streaming`.
         blocks: The blocks that are streamed; None for all of them.
+        streamed: Whether it is walked through, or held whole on ranks beside a walk: another proof,
+            which a resumed run must not take for this one.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Subject:
     references: Mapping[str, DetachedReference] = field(default_factory=dict, compare=False)
     seed: int = 0
     blocks: tuple[int, ...] | None = None
+    streamed: Literal["no", "walk", "resident"] = "no"
 
 
 class Workbench:
@@ -336,6 +339,7 @@ class Workbench:
             kind=kind,
             path=subject.megatron or hf,
             seed=subject.seed,
+            carry=subject.carry,
             device="cuda" if case.device == "cuda" else "cpu",
             layers=case.layers,
             variant=self.fault.name if self.spoils_ranks else HEALTHY.name,

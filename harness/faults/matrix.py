@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from bridge.errors import UsageError
 from harness.bench import Bench
 from harness.checks import CHECKS
 from harness.faults import CATALOGUE, applicable, fault_named
@@ -291,7 +292,7 @@ def run_matrix(
         faults: Names; none for all.
         toys: On which.
         checks: Which checks look; none for all.
-        computes: In what, where, and by which layers; all that is not live is the same in each.
+        computes: In what, where, and by which layers; these only count where a model is live.
         workers: Processes; see `over_benches`.
         timeout: Seconds a case may take.
         full: Every check looks on every toy.
@@ -307,6 +308,11 @@ def run_matrix(
         if not CATALOGUE[name].local_only or any(one.layers == "local" for one in computes)
     )
     looking = tuple(checks) or tuple(CHECKS)
+    if not names:
+        raise UsageError(
+            f"{', '.join(faults)} comes in at local layers only",
+            hint="give --layers local",
+        )
     applying = [(name, toy) for name in names for toy in toys if applies(name, toy)]
     wanted = [
         (name, toy, compute)

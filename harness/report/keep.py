@@ -30,6 +30,7 @@ def kept(data: Mapping[str, Any], *, details: bool = True) -> dict[str, Any]:
     while "--report" in command:
         place = command.index("--report")
         del command[place : place + 2]
+    command = [word for word in command if not word.startswith("--report=")]
     cases = [dict(case) for case in data["cases"]]
     for case in cases:
         if case["status"] == "passed" and not details and "details" in case:

@@ -61,8 +61,6 @@ class Streaming:
         memory_budget: Bytes for weights, read or being computed with.
         threads: That read ahead, and as many for the oracle; None lets the machine decide, see
             `cores`.
-        resident: Megatron's logits are those of whole models on ranks, in any layout and of any
-            layers; only the reference and the truth come from the walk.
         keep: Where states are kept after each block.
         resume: Go on from what is kept there.
         quiet: No progress on stderr.
@@ -70,7 +68,6 @@ class Streaming:
 
     memory_budget: int = DEFAULT_BUDGET
     threads: int | None = None
-    resident: bool = False
     keep: Path | None = None
     resume: bool = False
     quiet: bool = False
@@ -81,6 +78,9 @@ class StreamingBench(Bench):
 
     Of its fault the seams spec and code count, and rank as far as it changes code; what is changed
     in whole models once they are built has nothing to be changed in.
+
+    Where the subject is `resident`, Megatron's logits are those of whole models on ranks, in any
+    layout and of any layers; the reference and the truth come from the walk.
 
     A subject whose `hf` is a `config.json` has synthetic weights, drawn from the subject's `seed`.
 
@@ -105,7 +105,7 @@ class StreamingBench(Bench):
         self._sources: list[TensorSource] = []
 
     def warm_up(self, device: str) -> None:
-        """No ranks are formed."""
+        """Nothing: ranks, if any, are formed after the walk."""
 
     def can_answer(self, case: Case) -> bool:
         """Whether a check needs neither the whole model nor a conversion of its own."""
@@ -119,7 +119,7 @@ class StreamingBench(Bench):
 
         An error is kept for the cases, each of which reports it; bad usage is one of all of them.
         """
-        walked = [case for case in cases if case.check in _WALKED]
+        walked = [case for case in cases if case.check in _WALKED and self.can_answer(case)]
         for case in walked:
             names = self._probes.setdefault(_key(case), [])
             if case.probe is not None and case.probe not in names:
@@ -170,7 +170,7 @@ class StreamingBench(Bench):
 
     def megatron_logits(self, case: Case, *, layout: str | None = None) -> Array:
         """Megatron-Core's, free-running; on ranks where whole models are asked for."""
-        if self._streaming.resident:
+        if self._is_resident(case):
             self.outcome(case)  # first: it needs the memory that the models then take
             return super().megatron_logits(case, layout=layout)
         return self.outcome(case).logits[self._probe_name(case)].ours
@@ -194,6 +194,8 @@ class StreamingBench(Bench):
 
     def localisation(self, case: Case) -> Localisation:
         """Where and why the case's model goes wrong, from what the walk has kept."""
+        if self._is_resident(case):
+            return Localisation(places=("not localised: only the walk has looked at blocks",))
         return self._once(
             "localisation", _key(case), case.probe,
             make=lambda: explain.localise(
@@ -207,6 +209,9 @@ class StreamingBench(Bench):
                 thresholds=self.limits(case),
             ),
         )  # fmt: skip
+
+    def _is_resident(self, case: Case) -> bool:
+        return self.subject(case.model).streamed == "resident"
 
     def _probe_name(self, case: Case) -> str:
         return case.probe or "long"

@@ -462,3 +462,23 @@ def test_a_name_that_looks_like_markup_is_printed_as_it_is(
         found = run("verify", "--hf-model", model, "--select", "config/")
         assert found.code == 0, found.err
         assert name in found.out.split()
+
+
+def test_no_case_comes_twice_when_all_get_the_same_layers(run: Run) -> None:
+    """A suite that names several would count a pass for each."""
+    for layers in ("local", "te-unfused", "te-fused"):
+        found = run("parity", "--suite", "parity_gpu", "--layers", layers, "--list")
+        ids = found.out.split()
+        assert found.code == 0
+        assert len(ids) == len(set(ids)) > 100
+        live = [one for one in ids if one.startswith(("logits/", "rope/"))]
+        assert all(one.endswith("/te-fused") is (layers == "te-fused") for one in live)
+    everywhere = run("parity", "--suite", "parity_gpu", "--list").out.split()
+    assert len(everywhere) == len(set(everywhere)) > len(ids)
+
+
+def test_a_fault_that_cannot_come_in_is_no_fault_that_was_killed(run: Run) -> None:
+    """Nothing tried is nothing proved."""
+    found = run("faults", "--select", "mask-off-by-one", "--layers", "te", "--device", "cuda")
+    assert found.code == 2
+    assert "mask-off-by-one comes in at local layers only" in found.err

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from typer.testing import CliRunner
 
 import harness.cli  # noqa: F401 - it adds the commands
 from bridge.cli import app
-from bridge.errors import UsageError
+from bridge.errors import EnvironmentMissingError, UsageError
+from harness import cli_run
 from harness.checks import Check
 from harness.compare import Finding
 from harness.errors import ResumeError
@@ -185,3 +187,23 @@ def test_a_run_killed_half_way_goes_on_where_it_was(tmp_path: Path) -> None:
     assert done.stdout == (report / "junit.xml").read_text("utf-8")
     assert len(list(ET.fromstring(done.stdout).iter("testcase"))) == 3  # noqa: S314 - our own
     assert (report / "report.html").is_file()
+
+
+def test_transformer_engine_that_does_not_load_is_an_error_for_its_own_cases_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Local layers have no need of it; nobody gets a traceback."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("bridge.platform.forbid_tf32", lambda: None)
+    monkeypatch.setattr("bridge.platform.float32_product_error", lambda: {"torch": 1.5})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    local = Case(check="rope", model="tied", dtype="float32", layout="tp1-pp1", device="cuda")
+    assert cli_run._float32_products([local]) == {"torch": 1.5}
+    assert cli_run._float32_products([replace(local, device="cpu")]) == {}
+    with pytest.raises(EnvironmentMissingError, match="does not load"):
+        cli_run._float32_products([local, replace(local, layers="te")])
+    monkeypatch.setattr("bridge.platform.float32_product_error", lambda: {"torch": 2467.9})
+    with pytest.raises(EnvironmentMissingError, match="TF32") as caught:
+        cli_run._float32_products([local])
+    assert caught.value.where == ("torch: 2468 ulp",)

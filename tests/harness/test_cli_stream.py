@@ -20,6 +20,7 @@ from bridge.errors import UsageError
 from bridge.spec import ModelSpec
 from harness import cli_stream
 from harness.cli_stream import StreamOptions
+from harness.errors import ResumeError
 from harness.locations import suites_dir
 from harness.toys import toy_named, write_checkpoint
 
@@ -129,6 +130,17 @@ def test_a_resident_model_has_layouts_and_layers(config: Path) -> None:
     ]
     assert "--blocks" in str(refused("--config", config, "--resident", "--blocks", "0"))
     assert "--resident" in str(refused("--config", config, "--resident", "--no-stream"))
+
+
+def test_no_run_is_resumed_by_one_that_proves_otherwise(config: Path, tmp_path: Path) -> None:
+    """Cases are called alike whether a model is walked through or whole on ranks."""
+    asked = ["verify", "--config", str(config), "--checks", "logits", "--select", "short"]
+    asked += ["--layouts", "tp1-pp1", "--report", str(tmp_path)]
+    walked = CliRunner().invoke(app, asked)
+    assert walked.exit_code == 0, walked.output
+    result = CliRunner().invoke(app, [*asked, "--resident", "--resume"])
+    assert isinstance(result.exception, ResumeError)
+    assert "options differ" in str(result.exception)
 
 
 def test_the_only_layout_may_be_named(config: Path) -> None:

@@ -32,9 +32,15 @@ def bench(tmp_path: Path) -> Callable[..., StreamingBench]:
 
     def make(*, resident: bool = True, fault: Fault = HEALTHY, seed: int = 0) -> StreamingBench:
         return StreamingBench(
-            workdir, subjects={"m": Subject(name="m", hf=path, seed=seed)}, fault=fault,
-            streaming=Streaming(memory_budget=1 << 30, resident=resident, quiet=True),
-        )  # fmt: skip
+            workdir,
+            subjects={
+                "m": Subject(
+                    name="m", hf=path, seed=seed, streamed="resident" if resident else "walk"
+                )
+            },
+            fault=fault,
+            streaming=Streaming(memory_budget=1 << 30, quiet=True),
+        )
 
     return make
 
@@ -67,6 +73,7 @@ def test_other_weights_on_the_ranks_are_seen(bench: Callable[..., StreamingBench
     assert found.finding is not None
     assert found.finding.value is not None
     assert found.finding.value > 2
+    assert "not localised: only the walk has looked at blocks" in found.finding.places
 
 
 def test_blocks_are_those_of_the_walk(bench: Callable[..., StreamingBench]) -> None:
