@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -122,6 +123,36 @@ def test_a_rank_takes_the_gpu_of_its_place_and_nccl_where_nobody_shares_one(
         )  # fmt: skip
     assert taken == [torch.device("cuda", device)]
     assert joined == [backend]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("forbidden", [True, False])
+def test_tf32_is_measured_and_can_be_forbidden(*, forbidden: bool) -> None:
+    """Torch's products, and Transformer Engine's where it is installed, in a new process."""
+    program = (
+        "import contextlib, json\n"
+        "with contextlib.suppress(ImportError):\n"
+        "    import transformer_engine.pytorch\n"
+        "from bridge.platform import float32_product_error, forbid_tf32\n"
+        f"if {forbidden}: forbid_tf32()\n"
+        "print(json.dumps(float32_product_error()))"
+    )
+    environment = {name: one for name, one in os.environ.items() if name != "NVIDIA_TF32_OVERRIDE"}
+    done = subprocess.run(  # noqa: S603 - our own words
+        [sys.executable, "-c", program],
+        env=environment
+        | {
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")]
+            )
+        },
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["torch"] < 10
+    if "transformer-engine" in found:
+        assert (found["transformer-engine"] < 10) is forbidden
 
 
 def test_ranks_that_do_not_fill_the_layout_are_refused() -> None:
