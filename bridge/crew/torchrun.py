@@ -6,6 +6,7 @@ the bytes done, and the word that a rank has failed while the others are busy.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -132,14 +133,15 @@ class TorchrunCrew:
         """End this rank's part.
 
         After a failure the connections are left to the process's end: who waits for rank 0 then
-        waits until it has reported. The watcher always goes, since a thread that is inside torch
-        when the interpreter ends takes the process down with SIGABRT.
+        waits until it has reported. They do end in Python, and the watcher always goes: a thread
+        that is inside torch when the interpreter ends takes the process down with SIGABRT.
         """
         self._closing.set()
         self._watcher.join()
-        if not failed:
-            with suppress(RuntimeError):
-                distributed.destroy_process_group()
+        if failed:
+            atexit.register(_part)
+        else:
+            _part()
 
     def terminated(self, number: int, frame: FrameType | None) -> None:
         """A signal handler: torchrun ends the ranks that are left when one has died."""
@@ -209,6 +211,12 @@ class TorchrunCrew:
                     self.brake.pull(StoppedError("another rank has failed"))
             if self._gone():
                 self.brake.pull(self._lost("it is gone"))
+
+
+def _part() -> None:
+    with suppress(RuntimeError):
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 @contextmanager

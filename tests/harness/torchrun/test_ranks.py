@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from bridge.errors import CheckpointError, UsageError
@@ -102,8 +103,14 @@ def test_groups_form_over_the_processes_of_torchrun_anew_for_each_layout(pool: R
 
 def test_each_process_of_torchrun_is_the_parent_of_its_rank(pool: RankPool, run: Started) -> None:
     """On a cluster that is what puts a rank on its own host."""
-    parents = pool.run(layout(tp=3), ranks.environment, "RANK")
-    assert parents == ["0", "1", "2"]
+    # Rank 0 comes from a server of this process, which may be older than the variables given to it.
+    assert pool.run(layout(tp=3), ranks.environment, "RANK")[1:] == ["1", "2"]
+    keepers = {process.pid for process in run.processes.values()}
+    above = [{one.pid for one in psutil.Process(pid).parents()} for pid in pool.pids()]
+    assert [found & keepers for found in above] == [
+        set(), {run.processes[1].pid}, {run.processes[2].pid},
+    ]  # fmt: skip
+    assert os.getpid() in above[0]
     assert len(set(pool.pids())) == SIZE
     assert all(process.poll() is None for process in run.processes.values())
 
