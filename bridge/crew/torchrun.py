@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -32,6 +33,8 @@ _PATIENCE: Final = timedelta(days=7)
 """How long a rank waits for the others to finish their shares. A dead one is noticed at once."""
 _POLL: Final = 0.3
 """Seconds between two looks at the store."""
+_DYING: Final = 1.0
+"""Seconds in which a process whose connection has closed ends."""
 _STOP: Final = "nemotron_bridge/stop"
 
 
@@ -165,7 +168,10 @@ class TorchrunCrew:
 
     def _lost(self, what: str) -> WorkerLostError:
         """Name the ranks that are gone, as far as this machine can tell."""
-        gone = self._gone()
+        # A connection closes a moment before its process is no more.
+        deadline = time.monotonic() + _DYING
+        while not (gone := self._gone()) and time.monotonic() < deadline:
+            time.sleep(0.02)
         return WorkerLostError(
             f"{len(gone) or 'some'} of {self.size} ranks died; the target was not created",
             where=[f"rank {rank}: process {self._members[rank][1]}" for rank in gone] or what,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -221,6 +222,8 @@ class _Cut:
             here = self.count == self.at
         if here:
             self.action()
+        elif self.count > self.at:
+            time.sleep(0.0005)  # whoever waits for the threads must get a word in between
 
 
 def _corrupt() -> None:
