@@ -18,7 +18,7 @@ from bridge.plan import Plan
 from bridge.progress import Progress, Silent
 from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location
-from bridge.storage.safetensors import total_nbytes
+from bridge.storage.safetensors_layout import total_nbytes
 from bridge.storage.source import FileLayout, TensorInfo, TensorSource
 from bridge.tiling import Box, Tiling, bands
 from bridge.transfer import Digest, TransferLimits, compare

@@ -39,12 +39,8 @@ from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
 from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location
-from bridge.storage.safetensors import (
-    INDEX_NAME,
-    SafetensorsSource,
-    layout_from_header,
-    layout_shards,
-)
+from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource
+from bridge.storage.safetensors_layout import layout_from_header, layout_shards
 from bridge.storage.source import FileLayout, TensorInfo
 from bridge.storage.target import (
     read_small_file,

@@ -21,7 +21,8 @@ from bridge.spec import ModelSpec, ParallelLayout
 from bridge.storage.extents import Extent
 from bridge.storage.remote import Location
 from bridge.storage.source import FileLayout, Payload, TensorInfo
-from bridge.storage.torch_dist_read import TorchDistReader, open_checkpoint
+from bridge.storage.torch_dist_iteration import open_checkpoint
+from bridge.storage.torch_dist_read import TorchDistReader
 from bridge.storage.torch_dist_write import (
     CheckpointLayout,
     Chunk,

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: sharded safetensors, read by box and written by layout.
+"""Hugging Face checkpoints: sharded safetensors, read by box; `safetensors_layout` writes them.
 
 The header is parsed here rather than by the `safetensors` package because a conversion needs the
 byte ranges, which that package does not give. Format: 8 bytes of little-endian header length, that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,17 +20,13 @@ from bridge.errors import CheckpointError, CorruptFileError
 from bridge.storage.extents import Extent, flat_index, is_contiguous
 from bridge.storage.remote import Location
 from bridge.storage.remote_ranges import each_file, open_ranges
-from bridge.storage.source import FileLayout, Payload, TensorInfo
+from bridge.storage.source import TensorInfo
 from bridge.tiling import Box
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 MAX_HEADER: Final = 100_000_000  # the reference implementation's own limit, in bytes
 _MAX_DIMENSIONS: Final = 32  # numpy 1's limit; without one a header could keep us multiplying
-_WRITE_ORDER: Final = (
-    "I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
-)  # fmt: skip
-"""Dtypes as the reference implementation orders them in a file: widest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,76 +276,3 @@ def _index_problems(directory: Location, where_found: Mapping[str, str]) -> list
         elif said != found:
             problems.append(f"index: {name} should be in {said}, and is in {found}")
     return problems
-
-
-def layout_shards(
-    tensors: Mapping[str, TensorInfo], *, max_shard_size: int
-) -> tuple[list[FileLayout], bytes | None]:
-    """Cut tensors into shard files the way transformers names them.
-
-    Args:
-        tensors: In the order of the model; shards are filled in that order.
-        max_shard_size: In bytes. A single tensor may exceed it.
-
-    Returns:
-        The files and, when there are several, the bytes of the index.
-    """
-    shards: list[dict[str, TensorInfo]] = [{}]
-    filled = 0
-    for name, info in tensors.items():
-        if shards[-1] and filled + info.nbytes > max_shard_size:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = info
-        filled += info.nbytes
-    if len(shards) == 1:
-        return [layout_shard(SINGLE_NAME, shards[0])], None
-    names = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
-    weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    index = {
-        "metadata": {"total_size": total_nbytes(tensors.values())},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    files = [layout_shard(file, shard) for file, shard in zip(names, shards, strict=True)]
-    return files, json.dumps(index, indent=2).encode() + b"\n"
-
-
-def layout_shard(file: str, tensors: Mapping[str, TensorInfo]) -> FileLayout:
-    """Lay out one file, byte for byte as the reference implementation would write it."""
-    ordered = sorted(
-        tensors.items(),
-        key=lambda item: (_WRITE_ORDER.index(item[1].dtype.safetensors), item[0]),
-    )
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for name, info in ordered:
-        header[name] = {
-            "dtype": info.dtype.safetensors,
-            "shape": list(info.shape),
-            "data_offsets": [position, position + info.nbytes],
-        }
-        position += info.nbytes
-    body = json.dumps(header, separators=(",", ":")).encode()
-    body += b" " * (-len(body) % 8)
-    raw = struct.pack("<Q", len(body)) + body
-    return layout_from_header(parse_header(raw, file=file, size=len(raw) + position, where=file))
-
-
-def layout_from_header(header: ShardHeader) -> FileLayout:
-    """The layout of a file whose header is given: how an export gets the source's own bytes."""
-    payloads = [
-        Payload(
-            tensor=name, box=Box.whole(stored.info.shape), offset=stored.offset,
-            nbytes=stored.info.nbytes,
-        )
-        for name, stored in header.tensors.items()
-    ]  # fmt: skip
-    size = len(header.raw) + sum(payload.nbytes for payload in payloads)
-    return FileLayout(
-        path=header.file, size=size, literals=((0, header.raw),), payloads=tuple(payloads)
-    )
-
-
-def total_nbytes(tensors: Iterable[TensorInfo]) -> int:
-    """Bytes of all tensors together."""
-    return sum(info.nbytes for info in tensors)

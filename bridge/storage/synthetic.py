@@ -21,7 +21,8 @@ from bridge.progress import Progress, Silent
 from bridge.spec import ModelSpec
 from bridge.storage.philox import fill_words, mean_and_std
 from bridge.storage.remote import Location
-from bridge.storage.safetensors import INDEX_NAME, layout_shards, total_nbytes
+from bridge.storage.safetensors import INDEX_NAME
+from bridge.storage.safetensors_layout import layout_shards, total_nbytes
 from bridge.storage.source import TensorInfo
 from bridge.storage.target import read_small_file, refuse_overlap
 from bridge.tiling import Box, Tiling

@@ -19,12 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from bridge.dtypes import dtype_named
 from bridge.errors import CheckpointError, CorruptFileError, DtypeMismatchError
-from bridge.storage.safetensors import (
-    SafetensorsSource,
+from bridge.storage.safetensors import SafetensorsSource, read_header
+from bridge.storage.safetensors_layout import (
     layout_from_header,
     layout_shard,
     layout_shards,
-    read_header,
     total_nbytes,
 )
 from bridge.storage.source import FileLayout, TensorInfo, TensorSource

@@ -24,7 +24,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from bridge.dtypes import Words, dtype_named
 from bridge.errors import CheckpointError, CorruptFileError, DtypeMismatchError
-from bridge.storage.torch_dist_read import TorchDistReader, open_checkpoint
+from bridge.storage.torch_dist_iteration import open_checkpoint
+from bridge.storage.torch_dist_read import TorchDistReader
 from bridge.storage.unpickle import Inert
 from bridge.tiling import Box
 
