@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
@@ -21,6 +22,10 @@ settings.register_profile("dev", max_examples=50, deadline=None, print_blob=True
 settings.register_profile("ci", max_examples=300, deadline=None, print_blob=True, derandomize=True)
 settings.register_profile("nightly", max_examples=5000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+# Jobs that a script starts in the background ignore Ctrl-C, and what they start does, too:
+# the tests that send it would wait for ever under `nohup nox -s tests &`.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
