@@ -28,6 +28,8 @@ STAMP = ENVIRONMENT / "inputs.sha256"
 
 def environment(session: nox.Session) -> str:
     """Build or reuse the shared environment; the path of its interpreter."""
+    # One thread per process: ranks and xdist workers share the cores.
+    session.env["OMP_NUM_THREADS"] = "1"
     given = os.environ.get("NEMOTRON_BRIDGE_PYTHON")
     if given:
         session.env["PYTHONPATH"] = os.pathsep.join(
@@ -45,8 +47,6 @@ def environment(session: nox.Session) -> str:
             *("--constraint", str(ROOT / ".ci" / "constraints.txt"), "--editable", f"{ROOT}[dev]"),
         )
         STAMP.write_text(wanted)
-    # One thread per process: ranks and xdist workers share the cores.
-    session.env["OMP_NUM_THREADS"] = "1"
     return str(python)
 
 
@@ -68,7 +68,7 @@ def parity_gpu(session: nox.Session) -> None:
 def full_size(session: nox.Session) -> None:
     """Synthesize, import and verify at full size on GPUs (default: Nano-4B and Nano-8B)."""
     python = environment(session)
-    session.env.pop("OMP_NUM_THREADS", None)  # the oracle computes with every core
+    session.env.pop("OMP_NUM_THREADS")  # the oracle computes with every core
     names = session.posargs or [
         "Llama-3.1-Nemotron-Nano-4B-v1.1",
         "Llama-3.1-Nemotron-Nano-8B-v1",
@@ -148,7 +148,7 @@ def lint(session: nox.Session) -> None:
     session.run(python, "-m", "ruff", "check")
     session.run(python, "-m", "ruff", "format", "--check")
     session.run(python, "-m", "mypy")
-    tools = ENVIRONMENT / "bin"
+    tools = Path(python).parent
     session.run(str(tools / "lint-imports"))
     session.run(
         str(tools / "codespell"),

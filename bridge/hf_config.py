@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, overload
 
 from bridge.errors import ConfigError, InconsistentConfigError, UnsupportedArchitectureError
 from bridge.hf_blocks import BLOCK_SCHEMAS, read_blocks, write_blocks
@@ -36,6 +37,10 @@ _MAX_DEPTH: Final = 32
 MODEL_TYPES: Final = {LLAMA: ("llama",), DECILM: ("nemotron-nas", "deci", "decilm")}
 
 
+@overload
+def config_file(model: Path) -> Path: ...
+@overload
+def config_file(model: Location) -> Location: ...
 def config_file(model: Location) -> Location:
     """Where the configuration is: that of a checkpoint directory, or what is no directory."""
     return model / CONFIG_NAME if model.is_dir() else model

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import torch
 
-from bridge.errors import EnvironmentMissingError, UsageError
+from bridge.errors import UsageError
 from bridge.megatron_config import AttentionBackend, Layers
 from bridge.spec import ModelSpec, Stage
 
@@ -36,23 +35,6 @@ class TokenwiseRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: Any, hidden_size: int, eps: float) -> None:  # noqa: ANN401, ARG002 - Megatron's call
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = True  # type: ignore[attr-defined]  # Megatron's mark
-
-
-def choose_layers(layers: Layers | Literal["auto"], device: str) -> Layers:
-    """The layers asked for; "auto" are Transformer Engine's where it is installed, on a GPU.
-
-    Raises:
-        EnvironmentMissingError: BR500, Transformer Engine is asked for and not there.
-    """
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if layers == "te" and not (installed and device == "cuda"):
-        raise EnvironmentMissingError(
-            "Transformer Engine layers need the transformer-engine package and a GPU",
-            hint="use local layers, or install nemotron-bridge[te] on a machine with a GPU",
-        )
-    if layers == "auto":
-        return "te" if installed and device == "cuda" else "local"
-    return layers
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ def fill(
     order = {name: position for position, name in enumerate(source.tensors)}
     tiles.sort(key=lambda tile: (order[tile.source], tile.box.starts))
     nbytes = min(_PIECE, limits.band_nbytes)
-    todo = _Todo(_cut(tiles, nbytes))
+    pieces = _Pieces(_cut(tiles, nbytes))
     inference = torch.is_inference_mode_enabled()  # each thread has its own
     with (
         rings_for({tile.target.device for tile in tiles}, limits.threads, nbytes) as rings,
@@ -83,13 +83,13 @@ def fill(
     ):
         try:
             workers = [
-                pool.submit(_work, todo, source, rings, advance, inference=inference)
+                pool.submit(_work, pieces, source, rings, advance, inference=inference)
                 for _ in range(limits.threads)
             ]
             for worker in as_completed(workers):
                 worker.result()
         finally:
-            todo.stop()
+            pieces.stop()
 
 
 def tiling_from_megatron(
@@ -168,7 +168,7 @@ def _cut(pieces: Iterable[_Piece], nbytes: int) -> Iterator[_Piece]:
             yield _Piece(source, box, dtype, target[box.relative_to(whole).slices])
 
 
-class _Todo:
+class _Pieces:
     """Pieces that several threads take from, each piece once."""
 
     def __init__(self, pieces: Iterator[_Piece]) -> None:
@@ -189,7 +189,7 @@ class _Todo:
 
 
 def _work(
-    todo: _Todo,
+    pieces: _Pieces,
     source: TensorSource,
     rings: Mapping[torch.device, Ring],
     advance: Advance,
@@ -197,7 +197,7 @@ def _work(
     inference: bool,
 ) -> None:
     with torch.inference_mode(inference):
-        for name, box, dtype, target in todo:
+        for name, box, dtype, target in pieces:
             if target.device.type == "cpu" and dtype == dtype_named(str(target.dtype)):
                 source.read_into(name, box, as_words(target, dtype))
             else:

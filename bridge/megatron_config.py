@@ -8,12 +8,13 @@ that need them.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from bridge.dtypes import dtype_named
-from bridge.errors import InconsistentConfigError
+from bridge.errors import EnvironmentMissingError, InconsistentConfigError
 from bridge.hf_blocks import read_blocks
 from bridge.hf_fields import Findings
 from bridge.spec import (
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
 Layers = Literal["local", "te"]
 """Megatron-Core's own layers, which run anywhere, or Transformer Engine's."""
 AttentionBackend = Literal["auto", "unfused", "fused", "flash"]
-"""Transformer Engine's attention: plain PyTorch, cuDNN's kernels, flash-attn's, or its own choice.
+"""Transformer Engine's attention: as it chooses, plain PyTorch, cuDNN's kernels, flash-attn's.
 
-The first is the only one for float32. Local layers have one attention, and it is none of these.
+In float32 it has plain PyTorch alone. Local layers have one attention, and it is none of these.
 """
 
 # Megatron's names of a block's two counts -> the Hugging Face names of the same counts, so that
@@ -43,6 +44,23 @@ _BLOCK_KEYS: Final = {
     "num_query_groups": "num_key_value_heads",
     "ffn_hidden_size": "intermediate_size",
 }
+
+
+def choose_layers(layers: Layers | Literal["auto"], device: str) -> Layers:
+    """The layers asked for; "auto" are Transformer Engine's where it is installed, on a GPU.
+
+    Raises:
+        EnvironmentMissingError: BR500, Transformer Engine is asked for and not there.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if layers == "te" and not (installed and device == "cuda"):
+        raise EnvironmentMissingError(
+            "Transformer Engine layers need the transformer-engine package and a GPU",
+            hint="use local layers, or install nemotron-bridge[te] on a machine with a GPU",
+        )
+    if layers == "auto":
+        return "te" if installed and device == "cuda" else "local"
+    return layers
 
 
 def transformer_config(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from bridge.layer_specs import attention_environment, block_submodules, choose_layers
-from bridge.megatron_config import AttentionBackend, Layers, transformer_config
+from bridge.layer_specs import attention_environment, block_submodules
+from bridge.megatron_config import AttentionBackend, Layers, choose_layers, transformer_config
 from bridge.pipeline import refuse_broken_layout
 from bridge.rotary import PositionedRotaryEmbedding, inv_freq
 from bridge.spec import ModelSpec, ParallelLayout, Stage
@@ -57,14 +57,11 @@ def build_model(
 
     layout.validate_for(spec)
     refuse_broken_layout(spec, layout)
-    chosen = choose_layers(layers, device)
-    config = transformer_config(
-        spec, layout, params_dtype=params_dtype, layers=chosen,
-        attention_backend=attention_backend, device=device,
+    return _build_parts(
+        spec, layout, layout.stages_of(parallel_state.get_pipeline_model_parallel_rank()),
+        params_dtype=params_dtype, layers=layers, attention_backend=attention_backend,
+        device=device,
     )  # fmt: skip
-    stages = layout.stages_of(parallel_state.get_pipeline_model_parallel_rank())
-    with attention_environment(chosen, attention_backend):
-        return [_build_part(spec, layout, config, stage, chosen) for stage in stages]
 
 
 def build_block(
@@ -106,13 +103,31 @@ def build_block(
         pre_process=pre_process,
         post_process=post_process,
     )
+    (part,) = _build_parts(
+        spec, layout, [stage],
+        params_dtype=params_dtype, layers=layers, attention_backend=attention_backend,
+        device=device,
+    )  # fmt: skip
+    return part
+
+
+def _build_parts(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    stages: Iterable[Stage],
+    *,
+    params_dtype: str,
+    layers: Layers | Literal["auto"],
+    attention_backend: AttentionBackend,
+    device: Literal["cpu", "cuda"],
+) -> list[GPTModel]:
     chosen = choose_layers(layers, device)
     config = transformer_config(
         spec, layout, params_dtype=params_dtype, layers=chosen,
         attention_backend=attention_backend, device=device,
     )  # fmt: skip
     with attention_environment(chosen, attention_backend):
-        return _build_part(spec, layout, config, stage, chosen)
+        return [_build_part(spec, layout, config, stage, chosen) for stage in stages]
 
 
 def _build_part(

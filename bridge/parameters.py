@@ -220,15 +220,19 @@ def parameters(spec: ModelSpec, *, padded_vocab_size: int) -> Mapping[str, Param
 
 @lru_cache(maxsize=16)
 def _parameters(spec: ModelSpec, padded_vocab_size: int) -> Mapping[str, Parameter]:
-    found = [_resolve(EMBEDDING_ROW, spec, padded_vocab_size)]
-    for layer_idx in range(spec.num_layers):
-        found.extend(
-            _resolve(row, spec, padded_vocab_size, layer_idx) for row in block_rows(spec, layer_idx)
-        )
-    found.append(_resolve(FINAL_NORM_ROW, spec, padded_vocab_size))
-    if not spec.share_embeddings_and_output_weights:
-        found.append(_resolve(OUTPUT_ROW, spec, padded_vocab_size))
+    found = [_resolve(row, spec, padded_vocab_size, idx) for row, idx in _rows(spec)]
     return {parameter.name: parameter for parameter in found}
+
+
+def _rows(spec: ModelSpec) -> Iterator[tuple[Row, int | None]]:
+    """Every row of the model with its block, in the order the model runs."""
+    yield EMBEDDING_ROW, None
+    for layer_idx in range(spec.num_layers):
+        for row in block_rows(spec, layer_idx):
+            yield row, layer_idx
+    yield FINAL_NORM_ROW, None
+    if not spec.share_embeddings_and_output_weights:
+        yield OUTPUT_ROW, None
 
 
 def block_rows(spec: ModelSpec, layer_idx: int) -> tuple[Row, ...]:
@@ -239,15 +243,9 @@ def block_rows(spec: ModelSpec, layer_idx: int) -> tuple[Row, ...]:
 
 def hf_tensors(spec: ModelSpec) -> Mapping[str, Shape]:
     """Exactly the tensors a Hugging Face checkpoint of this model holds, in the model's order."""
-    rows: list[tuple[Row, int | None]] = [(EMBEDDING_ROW, None)]
-    for layer_idx in range(spec.num_layers):
-        rows += [(row, layer_idx) for row in block_rows(spec, layer_idx)]
-    rows.append((FINAL_NORM_ROW, None))
-    if not spec.share_embeddings_and_output_weights:
-        rows.append((OUTPUT_ROW, None))
     return {
         _hf_name(source, layer_idx): shape
-        for row, layer_idx in rows
+        for row, layer_idx in _rows(spec)
         for source, shape in _source_shapes(row, spec, layer_idx)
     }
 

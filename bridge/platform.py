@@ -85,7 +85,7 @@ def float32_product_error(size: int = 256) -> dict[str, float]:
     """How exact float32 products on this GPU are, measured: rms error over rms, in ulp of float32.
 
     Returns:
-        By who multiplies: "torch", and "transformer-engine" where that is loaded. About 2 to 5
+        By who multiplies: "torch", and "transformer-engine" where that is loaded. About 1
         in float32, thousands in TF32.
     """
     generator = torch.Generator().manual_seed(_SEED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import numpy as np
@@ -244,15 +245,16 @@ class Bench(Workbench):
         return self._once("logits", request, probe.name, make=compute, spoilt=self.spoils_ranks)
 
     def counting_difference(self, case: Case) -> float:
-        """How far Megatron's logits move when it is told positions instead of counting them.
+        """How far Megatron's logits move when it counts positions instead of being told them.
 
-        Only where the case's probe counts from 0; see `live.counting_difference`.
+        Only where the case's probe counts from 0. Infinity for a NaN.
         """
         request, probe = self.request(case), self.probe(case)
-        found: list[float] = self.run(
-            case, request.layout, live.counting_difference, request, probe.input_ids
+        ranks: list[Array] = self.run(
+            case, request.layout, live.logits, request, probe.input_ids, None
         )
-        return max(found)
+        difference = float(np.abs(ranks[0] - self.megatron_logits(case)).max())
+        return math.inf if math.isnan(difference) else difference
 
     def block_judgements(self, case: Case) -> list[BlockJudgement]:
         """The embedding and every block of Megatron on the case's probe, judged."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import bridge.cli
+from bridge import cli_inspect
 from bridge.cli import app
 from bridge.cli_options import (
     CarryField,
@@ -28,7 +29,7 @@ from bridge.cli_options import (
 from bridge.errors import BridgeError, LayoutError, UsageError
 from harness import cli_bench, cli_diff, cli_faults, cli_golden, cli_replay, cli_stream
 from harness.cli_run import Format, Report, Resume, Workdir, finish, print_ids, run_and_report
-from harness.cli_tools import DeviceName, DtypeName, LayersName, Timeout
+from harness.cli_tools import DeviceName, DtypeName, LayersChoice, LayersName, Timeout
 
 if TYPE_CHECKING:
     from bridge.spec import ModelSpec
@@ -41,7 +42,7 @@ Select = Annotated[
 ListOnly = Annotated[
     bool, typer.Option("--list", "--dry-run", help="Print the ids of the cases; run nothing.")
 ]
-_COMMANDS = (cli_bench, cli_diff, cli_faults, cli_golden, cli_replay)
+_COMMANDS = (cli_inspect, cli_bench, cli_diff, cli_faults, cli_golden, cli_replay)
 """Modules that add commands of their own."""
 _ON_RANKS = ("parity", "verify")
 """Commands that torchrun's processes are ranks for; conversions share work by `bridge.crew`."""
@@ -116,6 +117,7 @@ def verify(
     a --megatron-path is compared bit by bit then, too. Other checks are counted as not run.
     """
     from bridge.convert import read_spec
+    from harness.bench import BASE_LAYOUT
     from harness.runner import NO_REFERENCE, STREAMED
     from harness.suite import Compute, layers_named
     from harness.suite import select as select_cases
@@ -145,7 +147,7 @@ def verify(
         kind = kind if resident else "local"
         cli_stream.refuse(odd)
         cli_stream.refuse_unanswerable(wanted, paired=megatron_path is not None)
-    names = _layout_names(spec, layouts if resident or not is_streamed else "tp1-pp1")
+    names = _layout_names(spec, layouts if resident or not is_streamed else BASE_LAYOUT)
     if config is None:
         _account_for(path, megatron_path, carry=carry or ())
     subject = _subject(path, megatron_path, trust_remote_code=trust_remote_code, carry=carry or ())
@@ -251,7 +253,10 @@ def parity(
         Literal["cpu", "cuda"] | None,
         typer.Option("--device", help="Run every case there, whatever the suite says."),
     ] = None,
-    layers: LayersName | None = None,
+    layers: Annotated[
+        LayersChoice | None,
+        typer.Option("--layers", help="Build every live model of these, whatever the suite says."),
+    ] = None,
     timeout: Timeout = 300.0,
     allow_not_run: Annotated[
         list[str] | None,

@@ -160,28 +160,24 @@ def _split(text: str | None) -> list[str]:
 def _known_dtypes(text: str) -> tuple[str, ...]:
     from harness.suite import DTYPES
 
-    names = tuple(dict.fromkeys(_split(text)))
-    unknown = [name for name in names if name not in DTYPES]
-    if unknown or not names:
-        raise UsageError(
-            f"no dtype of ours is called {', '.join(unknown) or 'nothing'}",
-            where="--dtypes",
-            hint=f"known: {', '.join(DTYPES)}",
-        )
-    return names
+    return _known(text, DTYPES, "dtype of ours", "--dtypes")
 
 
 def known_checks(text: str | None) -> tuple[str, ...]:
     """Names of checks, comma-separated; refuse unknown ones with UsageError BR001."""
     from harness.checks import CHECKS
 
+    return () if text is None else _known(text, tuple(CHECKS), "check", "--checks")
+
+
+def _known(text: str, known: Sequence[str], what: str, flag: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(_split(text)))
-    unknown = [name for name in names if name not in CHECKS]
-    if unknown or (text is not None and not names):
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
         raise UsageError(
-            f"no check is called {', '.join(unknown) or 'nothing'}",
-            where="--checks",
-            hint=f"known: {', '.join(CHECKS)}",
+            f"no {what} is called {', '.join(unknown) or 'nothing'}",
+            where=flag,
+            hint=f"known: {', '.join(known)}",
         )
     return names
 

@@ -142,7 +142,7 @@ def with_streaming(subject: Subject, options: StreamOptions) -> Subject:
     Raises:
         UsageError: BR001, blocks that the model does not have.
     """
-    from bridge.hf_config import load_hf_config
+    from bridge.hf_config import CONFIG_NAME, load_hf_config
     from bridge.plan import ranges
     from harness.oracle import read_config
     from harness.streaming.segments import blocks_named
@@ -158,7 +158,7 @@ def with_streaming(subject: Subject, options: StreamOptions) -> Subject:
     name = subject.name
     if options.config is not None:
         place = path.resolve()
-        name = place.parent.name if place.name == "config.json" else place.stem
+        name = place.parent.name if place.name == CONFIG_NAME else place.stem
     streamed: Literal["walk", "resident"] = "resident" if options.resident else "walk"
     return replace(subject, name=name, seed=options.seed, blocks=blocks, streamed=streamed)
 
@@ -188,10 +188,10 @@ def unstreamable(
     reference_logits: Sequence[Path] | None,
 ) -> list[str]:
     """The flags given that have no meaning for a streamed model, or only for a resident one."""
-    from harness.streaming.bench import WALK_LAYOUT
+    from harness.bench import BASE_LAYOUT
 
     odd = {
-        "--layouts": not resident and layouts is not None and layouts.strip() != WALK_LAYOUT,
+        "--layouts": not resident and layouts is not None and layouts.strip() != BASE_LAYOUT,
         "--layers": not resident and layers not in ("auto", "local"),
         "--trust-remote-code": trust_remote_code,
         "--reference-logits": bool(reference_logits),
@@ -222,7 +222,8 @@ def bench_of(options: StreamOptions, report: Path | None, resume: bool) -> Calla
         report: Where states are kept; None keeps none.
         resume: Go on from what is kept there.
     """
-    from harness.streaming.bench import Streaming, StreamingBench
+    from harness.streaming.bench import StreamingBench
+    from harness.streaming.walking import Streaming
 
     budget = parse_size(options.memory_budget)
     streaming = Streaming(memory_budget=budget, keep=report, resume=resume)
@@ -238,6 +239,7 @@ def resolved(
         UsageError: BR001, neither or both are given, or a Megatron checkpoint that cannot be held
             against it or is a URL.
     """
+    from bridge.hf_config import config_file
     from bridge.hub import resolve_here
 
     if (hf_model is None) == (options.config is None):
@@ -253,6 +255,5 @@ def resolved(
                 "a configuration has no weights to hold --megatron-path against",
                 hint="give --hf-model",
             )
-        path = options.config
-        return path / "config.json" if path.is_dir() else path
+        return config_file(options.config)
     return resolve_here(str(hf_model), weights=True, revision=revision)

@@ -23,8 +23,9 @@ DtypeName = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--dtype", help="What to compute in.")
 ]
 DeviceName = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
+LayersChoice = Literal["auto", "local", "te", "te-unfused", "te-fused", "te-flash"]
 LayersName = Annotated[
-    Literal["auto", "local", "te", "te-unfused", "te-fused", "te-flash"],
+    LayersChoice,
     typer.Option(
         "--layers",
         help="Of the live Megatron model: its own, or Transformer Engine's, perhaps with one "

@@ -2,9 +2,9 @@
 
 Starting a process that has torch and Megatron-Core imported costs seconds; forking one from a
 server that has them costs milliseconds, and a rank that is already there costs nothing. Ranks form
-new groups whenever the layout changes, meeting in a file of a private directory, so that any number
-of pools run side by side. When a rank throws, dies or hangs, all are ended at once, the error shows
-the one that failed first, and the next call starts afresh.
+new groups whenever the layout changes, meeting where their source says: on this host in a file of a
+private directory, so that any number of pools run side by side. When a rank throws, dies or hangs,
+all are ended at once, the error shows the one that failed first, and the next call starts afresh.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def _collect(
                     )
                 )  # fmt: skip
                 continue
-            outcome: Outcome = pickle.loads(answer)  # noqa: S301 - of a process that we started
+            outcome: Outcome = pickle.loads(answer)  # noqa: S301 - of our own rank
             outcomes[worker.rank] = outcome
             if outcome.traceback is not None:
                 failures.append(

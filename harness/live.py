@@ -5,7 +5,6 @@ Every function here takes a `RankContext` and plain data, and returns plain data
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -100,9 +99,16 @@ def model(context: RankContext, request: ModelRequest) -> list[Any]:
 
 
 def logits(
-    context: RankContext, request: ModelRequest, input_ids: Array, position_ids: Array
+    context: RankContext, request: ModelRequest, input_ids: Array, position_ids: Array | None
 ) -> Array | None:
-    """Logits, (batch, seq, vocab_size) in float32 or float64, from rank 0; None from the others."""
+    """Logits, (batch, seq, vocab_size) in float32 or float64, from rank 0; None from the others.
+
+    Args:
+        context: This rank.
+        request: The model.
+        input_ids: (batch, seq).
+        position_ids: (seq,); None leaves the model to count.
+    """
     import torch
 
     from bridge.forward import forward
@@ -114,36 +120,11 @@ def logits(
             request.spec,
             request.layout,
             torch.from_numpy(input_ids),
-            torch.from_numpy(position_ids),
+            None if position_ids is None else torch.from_numpy(position_ids),
         )
     if context.rank != 0:
         return None
     return (found if found.dtype == torch.float64 else found.float()).cpu().numpy()
-
-
-def counting_difference(context: RankContext, request: ModelRequest, input_ids: Array) -> float:
-    """How far logits move when a model is told positions 0, 1, 2, ... instead of counting them.
-
-    Args:
-        context: This rank.
-        request: The model.
-        input_ids: (batch, seq).
-
-    Returns:
-        The largest difference of a logit; 0.0 where every bit is the same, infinity for a NaN.
-    """
-    import torch
-
-    from bridge.forward import forward
-
-    parts, ids = model(context, request), torch.from_numpy(input_ids)
-    with torch.no_grad():
-        counted, told = (
-            forward(parts, request.spec, request.layout, ids, positions)
-            for positions in (None, torch.arange(ids.shape[1]))
-        )
-    difference = float((counted - told).abs_().max())
-    return math.inf if math.isnan(difference) else difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

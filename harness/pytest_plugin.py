@@ -84,7 +84,7 @@ def _cases(mark: pytest.Mark, device: str) -> list[tuple[Case, bool]]:
     from harness.checks import CHECKS
     from harness.errors import SuiteError
     from harness.layouts import check_layout_name
-    from harness.suite import DTYPES, Case
+    from harness.suite import DTYPES, Compute, layers_named
     from harness.verification import CONVERSION_CHECKS
 
     wanted = mark.kwargs
@@ -110,6 +110,7 @@ def _cases(mark: pytest.Mark, device: str) -> list[tuple[Case, bool]]:
     for name in layouts:
         check_layout_name(name)
     found = []
+    compute = Compute(dtype=dtype, device=device, layers=layers_named("auto", device))
     for check in checks:
         axes = CHECKS[check].axes
         places: Sequence[str | None] = layouts if "layout" in axes else (None,)
@@ -117,9 +118,7 @@ def _cases(mark: pytest.Mark, device: str) -> list[tuple[Case, bool]]:
             places = layouts[:1]  # it only names the cut of the files
         inputs: Sequence[str | None] = probes if "probe" in axes else (None,)
         for layout, probe in itertools.product(places, inputs):
-            case = Case(
-                check=check, model="", dtype=dtype, layout=layout, probe=probe, device=device
-            )
+            case = compute.case(check, "", layout=layout, probe=probe)
             found.append((case, "layouts" in wanted))
     return found
 

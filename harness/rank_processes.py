@@ -19,6 +19,8 @@ from bridge.crew.local import without_main
 from harness.ranks import RankSettings, serve
 
 _PRELOAD: Final = ["harness.rank_imports"]
+_DYING: Final = 10.0
+"""Seconds in which a process that has closed its pipe is seen to have ended, mostly at once."""
 _STACK_DUMP: Final = 0.3
 """Seconds for hung ranks to write their stacks."""
 _TAIL_LINES: Final = 40
@@ -162,7 +164,7 @@ class LocalWorker:
 
     def death(self) -> str:
         """See `Worker`."""
-        self._process.join(1.0)
+        self._process.join(_DYING)
         code = self._process.exitcode
         if code is None or code >= 0:
             return f"ended by itself with exit code {code}"

@@ -1,7 +1,7 @@
 """The inside of a rank process: a loop that joins layouts and runs functions.
 
-`harness.launcher` starts these processes and talks to them; nothing else needs this module but the
-type of a rank function's first argument, `RankContext`.
+`harness.rank_processes` starts these processes, `harness.launcher` gives them tasks. Rank functions
+need only the type of their first argument, `RankContext`.
 """
 
 from __future__ import annotations

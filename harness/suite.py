@@ -8,15 +8,16 @@ are in `thresholds.toml`.
 from __future__ import annotations
 
 import fnmatch
-import importlib.util
 import itertools
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import ConfigError
+from bridge.megatron_config import choose_layers
 from harness.checks import CHECKS
 from harness.errors import SuiteError
 from harness.golden.cases import PREFIX, golden_model
@@ -87,10 +88,7 @@ ON_CPU: Final = Compute()
 
 def layers_named(name: str, device: str) -> str:
     """One of `LAYERS`; "auto" are Transformer Engine's on a GPU where they are installed."""
-    if name != "auto":
-        return name
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    return "te" if device == "cuda" and installed else "local"
+    return choose_layers("auto", device) if name == "auto" else name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +151,7 @@ def parse_suite(document: Mapping[str, Any], *, name: str, where: str) -> Suite:
             if not problems and not wrong:
                 cases += _cases(merged)
         wrong += problems
-    twice = {case.id for case in cases if cases.count(case) > 1}
+    twice = {case.id for case, count in Counter(cases).items() if count > 1}
     wrong += [f"{case} comes twice" for case in sorted(twice)]
     if wrong:
         raise SuiteError(

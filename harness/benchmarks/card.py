@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from harness.benchmarks.process import OURS
+from harness.benchmarks.process import program
 from harness.benchmarks.results import Measurement
 from harness.benchmarks.workspace import SetUpError, Workspace
 
-PROGRAMS: Final = "harness.benchmarks"
 """Where the trials are."""
 NO_GPU: Final = "no GPU"
 """Why something is left out where torch finds none."""
@@ -51,8 +50,8 @@ class Card:
         if "card" not in work.found:
             work.say("measuring the card")
             sizes = (_NBYTES, _SIZE, _HOST_SIZE, _REPEATS)
-            program = (OURS[0], "-m", f"{PROGRAMS}.trial_card", work.profile.device)
-            run = work.run([*program, *map(str, sizes)])
+            command = program("trial_card", work.profile.device)
+            run = work.run([*command, *map(str, sizes)])
             found = run.json()
             if run.failure or found is None:
                 raise SetUpError(f"cannot measure the card: {run.failure or 'no JSON'}")

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from bridge.reading import TransferLimits
 from harness.benchmarks.arithmetic import StreamBounds, forward_flops
-from harness.benchmarks.card import NO_GPU, PROGRAMS, Card, has_gpu
-from harness.benchmarks.process import OURS, Run
+from harness.benchmarks.card import NO_GPU, Card, has_gpu
+from harness.benchmarks.process import OURS, Run, program
 from harness.benchmarks.results import Measurement, not_run
 from harness.benchmarks.trials import Cache, Outcome, Trial, failed, in_turns, measurement
 from harness.benchmarks.workspace import Workspace, size_of, variant
@@ -30,19 +30,19 @@ def measure_load(work: Workspace) -> list[Measurement]:
     reads = [
         Trial(
             name=f"read, {threads} at once",
-            command=(OURS[0], "-m", f"{PROGRAMS}.trial_read", hf, str(threads)),
+            command=program("trial_read", hf, str(threads)),
             source=hf, details=_printed, counted="read_seconds",
         )
         for threads in sorted({1, TransferLimits().threads})
     ]  # fmt: skip
     plain = Trial(
         name="safetensors load_file to cuda",
-        command=(OURS[0], "-m", f"{PROGRAMS}.trial_load_file", hf, "cuda"),
+        command=program("trial_load_file", hf, "cuda"),
         source=hf, details=_printed, counted="load_file_seconds",
     )  # fmt: skip
     load = Trial(
         name=name,
-        command=(OURS[0], "-m", f"{PROGRAMS}.trial_load", hf, _DTYPE, "cuda"),
+        command=program("trial_load", hf, _DTYPE, "cuda"),
         source=hf, details=_printed, counted="load_seconds",
     )  # fmt: skip
     found = [card.copy_row("load", "copy from pinned memory", "from_host")]
@@ -100,8 +100,8 @@ def measure_forward(work: Workspace) -> list[Measurement]:
     card, hf = Card.of(work), work.hf(profile.main_size)
     work.say("running forward passes")
     shapes = [f"{batch}x{sequence}" for batch, sequence in profile.forward_shapes]
-    program = (OURS[0], "-m", f"{PROGRAMS}.trial_forward", hf, _DTYPE, profile.device)
-    run = work.run([*program, str(profile.forward_repeats), *shapes])
+    command = program("trial_forward", hf, _DTYPE, profile.device)
+    run = work.run([*command, str(profile.forward_repeats), *shapes])
     found = run.json()
     if run.failure or found is None:
         return [failed("forward", name, run)]

@@ -8,8 +8,8 @@ from typing import Final
 import psutil
 
 from harness.benchmarks import gpu
-from harness.benchmarks.card import NO_GPU, PROGRAMS, has_gpu
-from harness.benchmarks.process import OURS
+from harness.benchmarks.card import NO_GPU, has_gpu
+from harness.benchmarks.process import OURS, program
 from harness.benchmarks.profile import GIB, MAX_HELP_SECONDS, MAX_START_SECONDS
 from harness.benchmarks.results import Measurement, not_run
 from harness.benchmarks.trials import Trial, failed, in_turns, measurement
@@ -43,7 +43,7 @@ def measure_load(work: Workspace) -> list[Measurement]:
     copy = Trial(name="cp -r", command=("cp", "-r", hf, target), source=hf, target=target)
     load = Trial(
         name="load into GPTModel on cpu",
-        command=(OURS[0], "-m", f"{PROGRAMS}.trial_load", hf, "bfloat16", "cpu"),
+        command=program("trial_load", hf, "bfloat16", "cpu"),
         source=hf,
         details=lambda run: run.json() or {},
     )
@@ -128,7 +128,7 @@ def measure_oracle(work: Workspace) -> list[Measurement]:
     work.say("running the oracle")
     run = work.run(
         [
-            *(OURS[0], "-m", f"{PROGRAMS}.trial_oracle", work.config(profile.main_size)),
+            *program("trial_oracle", work.config(profile.main_size)),
             *(str(profile.oracle_tokens), str(profile.repeats)),
         ]
     )

@@ -27,6 +27,11 @@ _WAIT_EVERY: Final = 0.02
 _TAIL: Final = 3
 
 
+def program(name: str, *arguments: str | Path) -> tuple[str | Path, ...]:
+    """The command of a trial of this package."""
+    return (OURS[0], "-m", f"harness.benchmarks.{name}", *arguments)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One run of a command.

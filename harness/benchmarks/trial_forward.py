@@ -54,8 +54,8 @@ def _measure(
 ) -> dict[str, Any]:
     from bridge.convert import read_spec
     from bridge.forward import forward
-    from bridge.layer_specs import choose_layers
     from bridge.live_parameters import load_hf
+    from bridge.megatron_config import choose_layers
     from bridge.model import build_model
     from bridge.spec import ParallelLayout
     from bridge.storage.safetensors import SafetensorsSource

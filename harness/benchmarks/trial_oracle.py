@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from harness.benchmarks.stopwatch import in_turns
 from harness.oracle import Mlp, block, read_config, rotary_angles
 from harness.toys import hf_tensors
 
@@ -42,18 +41,21 @@ def main(config_path: Path, tokens: int, repeats: int) -> None:
     if not isinstance(ffn, Mlp):
         raise TypeError("the configuration's first block has no MLP")
     matrix = rng.standard_normal((ffn.ffn_hidden_size, model.hidden_size))
-    # In turns, for the reason that conversions are.
-    ours, plain = [], []
-    for _ in range(repeats):
-        ours.append(_seconds(lambda: block(hidden, angles, weights.__getitem__, model, 0)))
-        plain.append(_seconds(lambda: hidden[0] @ matrix.T))
+    samples = in_turns(
+        {
+            "ours": lambda: block(hidden, angles, weights.__getitem__, model, 0),
+            "matmul": lambda: hidden[0] @ matrix.T,
+        },
+        repeats=repeats,
+        warm_up=0,
+    )
     parameters = sum(array.size for array in weights.values())
     flops = matmul_flops(parameters, tokens, model.num_attention_heads * model.kv_channels)
-    seconds, matmul = statistics.median(ours), statistics.median(plain)
+    seconds, matmul = (statistics.median(samples[name]) for name in ("ours", "matmul"))
     sys.stdout.write(
         json.dumps(
             {
-                "samples": ours,
+                "samples": samples["ours"],
                 "tokens": tokens,
                 "parameters": parameters,
                 "token_parameters_per_second": tokens * parameters / seconds,
@@ -62,12 +64,6 @@ def main(config_path: Path, tokens: int, repeats: int) -> None:
             }
         )
     )
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

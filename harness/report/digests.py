@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from bridge.hf_config import config_file
 from harness.locations import suites_dir
 
 _CHUNK: Final = 1 << 22
@@ -74,7 +75,7 @@ def identity(
         megatron: The Megatron checkpoint held against it, where there is one.
         advance: Told how many bytes of weights were read, for a progress bar.
     """
-    config = hf / "config.json" if hf.is_dir() else hf  # weights drawn from a seed have no files
+    config = config_file(hf)  # alone where weights are drawn from a seed
     found: dict[str, Any] = {
         "config_sha256": sha256_of(config),
         "weight_files": _files(hf, weight_files(hf), advance),

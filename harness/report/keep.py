@@ -2,8 +2,8 @@
 
     python -m harness.report.keep REPORT DIRECTORY [--no-details]
 
-`evidence.json`, one case a line, and `report.md`. Where the run's own report lay is left out of the
-command; with `--no-details`, what was measured of cases that passed beyond their value and limit.
+`evidence.json`, one case a line, and `report.md`. Where the run worked and reported is left out of
+the command; with `--no-details`, what was measured of cases that passed beyond value and limit.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ def kept(data: Mapping[str, Any], *, details: bool = True) -> dict[str, Any]:
         details: Keep those of cases that passed, too.
     """
     command = list(data["command"])
-    while "--report" in command:
-        place = command.index("--report")
-        del command[place : place + 2]
-    command = [word for word in command if not word.startswith("--report=")]
+    for flag in ("--report", "--workdir"):
+        while flag in command:
+            place = command.index(flag)
+            del command[place : place + 2]
+        command = [word for word in command if not word.startswith(f"{flag}=")]
     cases = [dict(case) for case in data["cases"]]
     for case in cases:
         if case["status"] == "passed" and not details and "details" in case:

@@ -10,6 +10,7 @@ megatron   Megatron-Core, the same way
 sides      what the walk sees of the three: each fills the one segment and runs it
 walk       one pass over the weights carries every probe, free-running and teacher-forced
 record     what was measured of each block; and the states to go on from
+walking    how a walk is set up: sources, sides, what it may hold, what is kept
 explain    where and why the model goes wrong, from what the walk has kept
 bench      answers to the checks `config`, `logits` and `blocks`, from the record; and to
            `round_trip` where there is a Megatron checkpoint to compare with

@@ -12,7 +12,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
-from harness.rank_processes import LocalRanks, LocalWorker
+from harness.rank_processes import LocalRanks, LocalWorker, dump_stacks
 from harness.ranks import RankSettings
 from harness.torchrun.meeting import Member, join, meet
 
@@ -74,7 +74,7 @@ class _Keeper:
                 self._worker.send(payload)
             case "dump", _:
                 if self._worker is not None:
-                    self._worker.dump_stacks()
+                    dump_stacks([self._worker])  # with time to write them, before the tail is read
             case "tail", _:
                 tail = "" if self._worker is None else self._worker.log_tail()
                 self._tell(what, tail)

@@ -9,8 +9,9 @@ import json
 import os
 import secrets
 import socket
+import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -169,13 +170,23 @@ def gather(store: Store, lead: Member) -> dict[int, Link]:
 
 def _introduced(connection: Connection, token: bytes) -> Member | None:
     """Who has connected; None for anybody who has not read the store."""
-    with contextlib.suppress(EOFError, OSError):
-        if connection.poll(_INTRODUCE) and hmac.compare_digest(
-            connection.recv_bytes(len(token)), token
-        ):
+    with contextlib.suppress(EOFError, OSError), _limited(connection, _INTRODUCE):
+        if hmac.compare_digest(connection.recv_bytes(len(token)), token):
             found: Member = connection.recv()
             return found
     return None
+
+
+@contextlib.contextmanager
+def _limited(connection: Connection, seconds: float) -> Iterator[None]:
+    """Let no read of a connection take longer: half a message is as good as none."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as one:  # the same socket
+        for limit in (seconds, 0.0):
+            whole = int(limit)
+            value = struct.pack("ll", whole, int((limit - whole) * 1e6))
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+            if limit:
+                yield
 
 
 def _connection(one: socket.socket) -> Connection:

@@ -18,7 +18,6 @@ from harness.rank_processes import LocalRanks, LocalWorker, Worker, kill
 from harness.ranks import Place, RankSettings
 from harness.torchrun.meeting import Link, Member, store_address
 
-_SHOWN: Final = 8
 _VISIBLE: Final = 20.0
 """Seconds in which a file written on one host is seen on another."""
 
@@ -187,7 +186,7 @@ class TorchrunRanks:
         if unseen:
             raise UsageError(
                 "ranks do not see the files that rank 0 does",
-                where=_first(unseen),
+                where=unseen,
                 hint="let checkpoints, --workdir and --report lie on a file system that all "
                 "machines share",
             )
@@ -212,10 +211,6 @@ class TorchrunRanks:
         if odd:
             raise UsageError(
                 "ranks run other software than rank 0: what one proves says nothing of the other",
-                where=_first(odd),
+                where=odd,
                 hint="install the same on all machines",
             )
-
-
-def _first(places: list[str]) -> list[str]:
-    return [*places[:_SHOWN], *(["..."] if len(places) > _SHOWN else [])]

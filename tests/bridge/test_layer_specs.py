@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 
 from bridge.errors import EnvironmentMissingError, UsageError
-from bridge.layer_specs import attention_environment, choose_layers
+from bridge.layer_specs import attention_environment
+from bridge.megatron_config import choose_layers
 
 NAMES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from bridge.errors import CheckpointError
 from harness.ranks import RankContext
@@ -104,3 +105,21 @@ def lie_about_rank(context: RankContext) -> Iterator[None]:
         context.rank = 7
     yield
     context.rank = true_rank
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and not a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def gone(pids: list[int]) -> bool:
+    """Whether all processes end within ten seconds."""
+    for _ in range(100):
+        if not any(is_alive(pid) for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import harness.cli  # noqa: F401 - it adds the commands
 from bridge.cli import app
 from bridge.errors import EnvironmentMissingError, UsageError
-from harness import cli_run
 from harness.checks import Check
 from harness.compare import Finding
+from harness.conditions import float32_products
 from harness.errors import ResumeError
 from harness.runner import RunReport
 from harness.suite import Case
@@ -199,11 +199,11 @@ def test_transformer_engine_that_does_not_load_is_an_error_for_its_own_cases_alo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     local = Case(check="rope", model="tied", dtype="float32", layout="tp1-pp1", device="cuda")
-    assert cli_run._float32_products([local]) == {"torch": 1.5}
-    assert cli_run._float32_products([replace(local, device="cpu")]) == {}
+    assert float32_products([local]) == {"torch": 1.5}
+    assert float32_products([replace(local, device="cpu")]) == {}
     with pytest.raises(EnvironmentMissingError, match="does not load"):
-        cli_run._float32_products([local, replace(local, layers="te")])
+        float32_products([local, replace(local, layers="te")])
     monkeypatch.setattr("bridge.platform.float32_product_error", lambda: {"torch": 2467.9})
     with pytest.raises(EnvironmentMissingError, match="TF32") as caught:
-        cli_run._float32_products([local])
+        float32_products([local])
     assert caught.value.where == ("torch: 2468 ulp",)

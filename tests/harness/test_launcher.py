@@ -45,24 +45,6 @@ def pool() -> Iterator[RankPool]:
         yield found
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process is there and not a zombie."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def gone(pids: list[int]) -> bool:
-    """Whether all processes end within ten seconds."""
-    for _ in range(100):
-        if not any(is_alive(pid) for pid in pids):
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_ranks_are_laid_out_as_megatron_does_and_formed_anew_for_each_layout(
     pool: RankPool,
 ) -> None:
@@ -144,7 +126,7 @@ def test_a_failure_leaves_no_rank_behind_and_the_next_call_starts_new_ones(pool:
     children = pool.run(layout(tp=2), ranks.spawn_child)
     with pytest.raises(WorkerFailedError):
         pool.run(layout(tp=2), ranks.throw_on, 0)
-    assert gone([*before, *children])
+    assert ranks.gone([*before, *children])
     after = pool.run(layout(tp=2), ranks.pid)
     assert not set(before) & set(after)
     assert pool.run(layout(tp=2), ranks.total, 1.0) == [3.0, 3.0]
@@ -190,7 +172,7 @@ def test_pools_side_by_side_do_not_disturb_each_other(pool: RankPool, tmp_path: 
         assert pool.run(layout(tp=2), ranks.total, 2.0) == [6.0, 6.0]
         assert not set(other.pids()) & set(pool.pids())
         pids = list(other.pids())
-    assert gone(pids)
+    assert ranks.gone(pids)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank0.log", "rank1.log"]
 
 
@@ -230,7 +212,7 @@ def test_ranks_and_their_children_end_with_a_parent_that_was_killed(tmp_path: Pa
         pids = [int(pid) for pid in words]
         assert len(pids) == 4
         assert Path(private).is_dir()
-        assert all(is_alive(pid) for pid in pids)
+        assert all(ranks.is_alive(pid) for pid in pids)
         process.kill()
-    assert gone(pids)
+    assert ranks.gone(pids)
     assert not Path(private).exists()

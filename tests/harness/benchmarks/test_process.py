@@ -36,12 +36,15 @@ def test_the_peak_of_this_process_is_no_part_of_it() -> None:
 
 
 def test_the_peak_of_a_tree_is_that_of_all_its_processes_at_once() -> None:
-    """Three that hold 100 MiB each for a second: the largest alone is not the whole."""
-    child = f"held = b'x' * {100 * MIB}; import time; time.sleep(1.5)"
+    """Three that hold 100 MiB each until all do: the largest alone is not the whole."""
+    child = f"held = b'x' * {100 * MIB}; print(flush=True); input()"
     parent = (
-        "import subprocess, sys\n"
-        f"all = [subprocess.Popen([sys.executable, '-I', '-S', '-c', {child!r}]) for _ in '123']\n"
-        "for one in all: one.wait()\n"
+        "import subprocess, sys, time\n"
+        f"words, pipe = [sys.executable, '-I', '-S', '-c', {child!r}], subprocess.PIPE\n"
+        "all = [subprocess.Popen(words, stdin=pipe, stdout=pipe) for _ in '123']\n"
+        "for one in all: one.stdout.readline()\n"
+        "time.sleep(1)\n"
+        "for one in all: one.communicate(b'\\n')\n"
     )
     alone = run(python(parent), timeout=60)
     together = run(python(parent), timeout=60, tree=True)

@@ -30,7 +30,17 @@ def test_only_what_passed_loses_details(make_evidence: Evidence) -> None:
 def test_where_the_report_lay_is_left_out(make_evidence: Evidence, tmp_path: Path) -> None:
     """The rest of the command is what can be typed again; the file is a case a line."""
     data = make_evidence(
-        command=["nemotron-bridge", "parity", "--report", "/somewhere/else", "--select", "x"]
+        command=[
+            "nemotron-bridge",
+            "parity",
+            "--report",
+            "/somewhere/else",
+            "--select",
+            "x",
+            "--workdir",
+            "/somewhere",
+            "--report=/somewhere",
+        ]
     )
     (tmp_path / "evidence.json").write_text(json.dumps(data), "utf-8")
     main([str(tmp_path), str(tmp_path / "deep" / "kept")])

@@ -12,7 +12,8 @@ import torch
 
 from harness.bench import Subject
 from harness.hooks import HEALTHY, Fault
-from harness.streaming.bench import Streaming, StreamingBench
+from harness.streaming.bench import StreamingBench
+from harness.streaming.walking import Streaming
 from harness.suite import Case
 from harness.toys import toy_named, write_checkpoint
 

@@ -14,7 +14,8 @@ from harness.checks.logits import run
 from harness.faults import fault_named
 from harness.hooks import HEALTHY, Fault
 from harness.runner import run_case
-from harness.streaming.bench import Streaming, StreamingBench
+from harness.streaming.bench import StreamingBench
+from harness.streaming.walking import Streaming
 from harness.suite import Case
 from harness.toys import toy_named
 from tests.harness.streaming.conftest import case_of

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pytest
 
@@ -68,15 +66,8 @@ class Started:
             found[rank] = (process.returncode, out, err)
         return found
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def kill(self) -> None:
+        """End whoever is left."""
         for process in self.processes.values():
             process.kill()
             process.communicate()
@@ -93,4 +84,4 @@ def started() -> Iterator[Callable[[int, int], Started]]:
 
     yield make
     for one in made:
-        one.__exit__(None, None, None)
+        one.kill()

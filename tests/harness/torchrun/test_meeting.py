@@ -58,6 +58,7 @@ def test_a_stranger_at_the_door_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -
     """A port of a cluster is found by all sorts of programs; who has read the store knows more."""
     for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(meeting, "_INTRODUCE", 0.5)
     store = Store()
     found: list[dict[int, meeting.Link]] = []
     thread = threading.Thread(
@@ -65,6 +66,9 @@ def test_a_stranger_at_the_door_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -
     )
     thread.start()
     address, port, _ = json.loads(store.get("nemotron_bridge/harness"))
+    with socket.create_connection((address, port), timeout=30) as stammerer:
+        stammerer.sendall(b"\0")  # the first byte of a length, and then not a word
+        assert stammerer.recv(1) == b""
     hello = pickle.dumps(member(1))
     guess = struct.pack("!i", 32) + bytes(32) + struct.pack("!i", len(hello)) + hello
     for said in (b"", guess, struct.pack("!i", 1 << 20)):
