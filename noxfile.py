@@ -171,6 +171,7 @@ def wheel(session: nox.Session) -> None:
     )
     command = str(tools / "nemotron-bridge")
     session.chdir(out)  # nothing of the clone may be found by accident
+    session.env["PYTHONPATH"] = ""
     session.run(command, "toy", "super-49b-v1", "--hf-path", "hf")
     session.run(command, "import", "--hf-model", "hf", "--megatron-path", "megatron")
     session.run(command, "verify", "--hf-model", "hf", "--megatron-path", "megatron")
