@@ -104,11 +104,14 @@ def run_stages(
     position_ids: torch.Tensor | None,
     *,
     grad: bool,
+    cache: Any = None,  # noqa: ANN401 - StaticInferenceContext, which ships no types
 ) -> Passage:
     """Take a batch through all stages; arguments and errors are those of `forward`.
 
     With `grad` each stage records its own computation, from what it received to what it sent; what
-    lies between two ranks is for `bridge.backward` to bridge.
+    lies between two ranks is for `bridge.backward` to bridge. With a `cache`, Megatron's
+    `StaticInferenceContext`, the batch goes on behind the tokens that it holds, `position_ids` is
+    None, and the logits are those of the last token; see `bridge.generation.decoder`.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -124,7 +127,9 @@ def run_stages(
     length = input_ids.shape[1]
     if layout.sequence_parallel:
         length //= layout.tensor_model_parallel_size
-    mask = _causal_mask(model_parts, input_ids)
+    # One token behind a cache may look at everything, and a mask for what lies before is not its.
+    is_behind = cache is not None and cache.sequence_len_offset > 0
+    mask = None if is_behind else _causal_mask(model_parts, input_ids)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks = torch.distributed.get_process_group_ranks(group)
@@ -136,7 +141,7 @@ def run_stages(
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
             if stage.pp_rank == pp_rank:
                 part = model_parts[stage.vp_stage]
-                output = _run(part, hidden, input_ids, position_ids, mask)
+                output = _run(part, hidden, input_ids, position_ids, mask, cache)
                 if grad:
                     runs.append(StageRun(stage=stage, received=hidden, output=output))
                 hidden = output
@@ -147,7 +152,8 @@ def run_stages(
                 receive(hidden, ranks[stage.pp_rank], group)
                 hidden.requires_grad_(grad)
         if stages[-1].pp_rank == pp_rank:
-            logits = gather_from_tensor_model_parallel_region(hidden)
+            # Behind a cache Megatron gathers by itself.
+            logits = gather_from_tensor_model_parallel_region(hidden) if cache is None else hidden
             logits = logits[:, :num_tokens, : spec.vocab_size].contiguous()
     last_rank = ranks[stages[-1].pp_rank]
     return Passage(runs=runs, logits=logits, group=group, ranks=ranks, last_rank=last_rank)
@@ -173,7 +179,7 @@ def forward_part(
     """
     with torch.no_grad():
         mask = _causal_mask([part], input_ids)
-        return _run(part, hidden, input_ids, position_ids, mask)
+        return _run(part, hidden, input_ids, position_ids, mask, None)
 
 
 def _run(
@@ -182,14 +188,16 @@ def _run(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
     mask: torch.Tensor | None,
+    cache: Any,  # noqa: ANN401 - StaticInferenceContext, which ships no types
 ) -> torch.Tensor:
     if hidden is not None:
         part.set_input_tensor(hidden)
     part.rotary_pos_emb.position_ids = position_ids
     try:
         output: torch.Tensor = part(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=mask
-        )
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
+            inference_context=cache, runtime_gather_output=None if cache is None else True,
+        )  # fmt: skip
     finally:
         part.rotary_pos_emb.position_ids = None
         part.set_input_tensor(None)
