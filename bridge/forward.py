@@ -53,12 +53,33 @@ def forward(
             hint="bridge.backward.loss_and_gradients takes them back through the stages",
         )
     done = run_stages(model_parts, spec, layout, input_ids, position_ids, grad=grad)
-    logits = done.logits
+    shape = (*input_ids.shape, spec.vocab_size)
+    return from_last_stage(done.logits, shape, model_parts, layout)
+
+
+def from_last_stage(
+    logits: torch.Tensor | None,
+    shape: Sequence[int],
+    model_parts: Sequence[Any],
+    layout: ParallelLayout,
+) -> torch.Tensor:
+    """Broadcast logits from the pipeline rank of the last stage to all.
+
+    Args:
+        logits: What `run_stages` gave this rank.
+        shape: Theirs.
+        model_parts: This rank's.
+        layout: How the model is cut.
+    """
+    from megatron.core import parallel_state
+
     if logits is None:
-        dtype, device = _dtype(model_parts), current_device()
-        logits = torch.empty(*input_ids.shape, spec.vocab_size, dtype=dtype, device=device)
+        logits = torch.empty(*shape, dtype=_dtype(model_parts), device=current_device())
     if layout.pipeline_model_parallel_size > 1:
-        torch.distributed.broadcast(logits, done.last_rank, group=done.group)
+        group = parallel_state.get_pipeline_model_parallel_group()
+        ranks = torch.distributed.get_process_group_ranks(group)
+        last_rank = ranks[list(layout.stages())[-1].pp_rank]
+        torch.distributed.broadcast(logits.contiguous(), last_rank, group=group)
     return logits
 
 

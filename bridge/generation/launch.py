@@ -11,6 +11,7 @@ import contextlib
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -215,6 +216,24 @@ def _compute(
     on_step: Callable[[Step], Any],
 ) -> list[Continuation]:
     """Join the ranks, build and load this one's part, and generate."""
+    with _calm():
+        return _compute_loudly(request, place, loading, on_step)
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """What Megatron-Core and torch have to say of packages that are not installed is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
+        yield
+
+
+def _compute_loudly(
+    request: Request,
+    place: _Place,
+    loading: Callable[[int], AbstractContextManager[Advance]],
+    on_step: Callable[[Step], Any],
+) -> list[Continuation]:
     import torch
 
     from bridge import platform
