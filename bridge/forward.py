@@ -172,10 +172,10 @@ def run_stages(
                 hidden = torch.empty(length, batch, spec.hidden_size, dtype=dtype, device=device)
                 receive(hidden, ranks[stage.pp_rank], group)
                 hidden.requires_grad_(grad)
-        if stages[-1].pp_rank == pp_rank:
-            # Behind a cache Megatron gathers by itself.
-            logits = gather_from_tensor_model_parallel_region(hidden) if cache is None else hidden
-            logits = logits[:, :num_tokens, : spec.vocab_size].contiguous()
+        if hidden is not None and stages[-1].pp_rank == pp_rank:
+            if cache is None:  # otherwise Megatron has gathered them
+                hidden = gather_from_tensor_model_parallel_region(hidden)
+            logits = hidden[:, :num_tokens, : spec.vocab_size].contiguous()
     last_rank = ranks[stages[-1].pp_rank]
     return Passage(runs=runs, logits=logits, group=group, ranks=ranks, last_rank=last_rank)
 

@@ -46,7 +46,7 @@ def decode(
             steps = [forward(parts, spec, layout, one)[:, -1] for one in so_far]
         else:
             decoder = Decoder(parts, spec, layout, batch_size=batch, max_sequence_length=length)
-            fed = [tokens[:, :start], *tokens[:, start:].split(1, dim=1)]
+            fed = [tokens[:, :start], *(tokens[:, at : at + 1] for at in range(start, length))]
             shape = (batch, spec.vocab_size)
             steps = [from_last_stage(decoder.feed(one), shape, parts, layout) for one in fed]
     if context.rank != 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -202,3 +203,15 @@ def test_a_model_that_cannot_speak_is_refused(run: Run, tmp_path: Path) -> None:
     assert run("generate", *ask).err.startswith("BR001 no model")
     found = run("generate", "--hf-model", path / "config.json", *ask)
     assert found.err.startswith("BR001 a configuration alone")
+
+
+def test_the_python_of_the_documentation_runs(
+    hf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it stands, beside a checkpoint named hf."""
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "hf").symlink_to(hf)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "generation.md", "exec"), {})  # noqa: S102 - our own documentation
+    assert re.fullmatch(r"\[\(\d+(, \d+)+\), \(\d+(, \d+)+\)\]\n", capsys.readouterr().out)

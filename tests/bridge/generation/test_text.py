@@ -114,9 +114,9 @@ def test_half_a_character_appears_at_the_end(tokenizer: Tokenizer) -> None:
 
 def test_a_directory_without_a_tokenizer_is_said_to_have_none(tmp_path: Path) -> None:
     """With what helps; and so is a checkpoint that has no directory."""
-    for attempt in (lambda: Tokenizer(tmp_path), lambda: Tokenizer.of(None)):
+    for directory in (tmp_path, None):
         with pytest.raises(CheckpointError, match="no tokenizer") as caught:
-            attempt()
+            Tokenizer.of(directory)
         assert "--hf-model" in (caught.value.hint or "")
 
 
