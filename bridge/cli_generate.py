@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from bridge.cli_options import (
     TpSize,
     VppSize,
 )
-from bridge.console import RichProgress
+from bridge.console import RichProgress, counter
 from bridge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -179,11 +180,17 @@ class _Page:
         self._waiting: dict[int, FinishReason] = {}
         self._next = 0
         self._started = time.perf_counter()
+        self._counter = ExitStack()
+        self._count: Callable[[int], None] | None = None
 
     def on_step(self, step: Step) -> None:
         """Show what it has added, as far as it is its turn."""
         if self._silent:
             return
+        if self._count is None:  # now, because a bar for loading has been there until now
+            most = len(self._given) * self._request.max_new_tokens
+            self._count = self._counter.enter_context(counter("tokens, at most", most))
+        self._count(len(step.tokens))
         for index, token in step.tokens:
             self._token_ids[index].append(token)
             if self._is_live and self._stream is not None:
@@ -195,6 +202,7 @@ class _Page:
 
     def close(self) -> None:
         """Show what is complete and has had to wait for others, if they never came."""
+        self._counter.close()
         for index, reason in sorted(self._waiting.items()):
             self._show(index, reason)
         num_tokens = sum(map(len, self._token_ids))

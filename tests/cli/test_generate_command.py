@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.ranks
 
+ROOT = Path(__file__).parents[2]
 TEMPLATE = (
     "{% for one in messages %}{% if one.role == 'system' %}w1 {% else %}w2 {% endif %}"
     "{{ one.content }} {% endfor %}{% if add_generation_prompt %}w3{% endif %}"
@@ -157,6 +160,29 @@ def test_a_text_ends_at_an_end_of_the_list(
     assert (told["token_ids"], told["finish_reason"]) == (text[:stop], "stop")
 
 
+@pytest.mark.cluster
+def test_torchruns_processes_are_the_ranks(megatron: Path, expected: dict[str, list[int]]) -> None:
+    """The first of them speaks, of a mistake too."""
+
+    def torchrun(*flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(  # noqa: S603 - our own
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "2", "-m", "harness", "generate",
+                "--megatron-path", str(megatron), "--prompt", "w5 w7",
+                "--max-new-tokens", "6", *flags,
+            ],
+            capture_output=True, text=True, timeout=250, check=False, cwd=ROOT,
+        )  # fmt: skip
+
+    found = torchrun("--pp", "2")
+    assert (found.returncode, found.stdout) == (0, words(expected["w5 w7"]) + "\n"), found.stderr
+    assert found.stderr.count("6 tokens in ") == 1
+    found = torchrun()
+    assert (found.returncode, found.stdout) == (1, "")  # torchrun's own code
+    assert found.stderr.count("BR200 torchrun has started 2 ranks for layout tp1-pp1") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -209,7 +235,7 @@ def test_the_python_of_the_documentation_runs(
     hf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As it stands, beside a checkpoint named hf."""
-    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text()
+    page = (ROOT / "docs" / "generation.md").read_text()
     (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     (tmp_path / "hf").symlink_to(hf)
     monkeypatch.chdir(tmp_path)
