@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from bridge.conversion import ConversionOptions, ConversionReport
     from bridge.convert import export_checkpoint, import_checkpoint, read_spec
     from bridge.errors import BridgeError
+    from bridge.generation.decoding import Continuation, generate
+    from bridge.generation.sampling import Sampling
     from bridge.live_parameters import load_hf, load_megatron
     from bridge.model import build_model
     from bridge.pipeline import parse_layout, plan_layout
@@ -25,14 +27,17 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BridgeError": "bridge.errors",
+    "Continuation": "bridge.generation.decoding",
     "ConversionOptions": "bridge.conversion",
     "ConversionReport": "bridge.conversion",
     "ModelSpec": "bridge.spec",
     "ParallelLayout": "bridge.spec",
     "Plan": "bridge.plan",
+    "Sampling": "bridge.generation.sampling",
     "TransferLimits": "bridge.transfer",
     "build_model": "bridge.model",
     "export_checkpoint": "bridge.convert",
+    "generate": "bridge.generation.decoding",
     "import_checkpoint": "bridge.convert",
     "load_hf": "bridge.live_parameters",
     "load_megatron": "bridge.live_parameters",
@@ -44,14 +49,17 @@ _HOME = {
 
 __all__ = [
     "BridgeError",
+    "Continuation",
     "ConversionOptions",
     "ConversionReport",
     "ModelSpec",
     "ParallelLayout",
     "Plan",
+    "Sampling",
     "TransferLimits",
     "build_model",
     "export_checkpoint",
+    "generate",
     "import_checkpoint",
     "load_hf",
     "load_megatron",

@@ -1,18 +1,21 @@
-"""Do a configuration and a Megatron checkpoint's own `args` describe one model?"""
+"""Which model a Megatron checkpoint holds: do a configuration and its own `args` agree?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any, Final
 
 from bridge.describe import block_label
-from bridge.errors import InconsistentConfigError
+from bridge.errors import ConfigError, InconsistentConfigError
+from bridge.hf_config import config_file, load_hf_config, spec_from_hf_config
 from bridge.hf_fields import is_number
 from bridge.megatron_args import spec_from_checkpoint_args
+from bridge.record import SIDE_DIRECTORY, read_record
 from bridge.spec import BlockSpec, ModelSpec, RopeSpec
 from bridge.storage.megatron import MegatronSource
+from bridge.storage.remote import Location
 
 # Training may change these without changing what the weights mean.
 _FREE: Final = frozenset({"params_dtype", "max_position_embeddings"})
@@ -100,3 +103,42 @@ def check_agreement(source: MegatronSource, spec: ModelSpec, *, where: str) -> N
             where=wrong,
             hint="give the configuration of the model that was trained",
         )
+
+
+def described_model(
+    source: MegatronSource, hf_model: Location | None = None, *, carry: Collection[str] = ()
+) -> tuple[ModelSpec, Location | None]:
+    """The model of a Megatron checkpoint: by `hf_model`, the record of its import, or its args.
+
+    A configuration says more than args do, yet where both say something they must agree.
+
+    Args:
+        source: The checkpoint.
+        hf_model: Directory or `config.json` of the original model.
+        carry: Unknown fields of the configuration to let through, besides those that the import
+            let through.
+
+    Returns:
+        The model, and where its configuration is: `hf_model`, what the import kept, or None.
+
+    Raises:
+        ConfigError: BR100, none of them is there; BR103 or BR104, the args are of another model.
+    """
+    found = hf_model
+    if found is None and (kept := source.root / SIDE_DIRECTORY).is_dir():
+        found = kept
+        record = read_record(source.root)
+        carry = {*carry, *(record.carried_fields if record is not None else ())}
+    if found is not None:
+        spec = spec_from_hf_config(
+            load_hf_config(found), where=str(config_file(found)), carry=carry
+        )
+        check_agreement(source, spec, where=str(found))
+        return spec, found
+    if source.args is None:
+        raise ConfigError(
+            "the checkpoint says nothing of its model: common.pt holds no args",
+            where=str(source.root),
+            hint="pass --hf-model with the directory or config.json of the original model",
+        )
+    return spec_from_checkpoint_args(source.args, where=source.args_where), None

@@ -39,6 +39,16 @@ VppSize = Annotated[
         "--virtual-pipeline-model-parallel-size", "--vp", min=1, help="Model parts per PP rank."
     ),
 ]
+DeviceName = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
+LayersChoice = Literal["auto", "local", "te", "te-unfused", "te-fused", "te-flash"]
+LayersName = Annotated[
+    LayersChoice,
+    typer.Option(
+        "--layers",
+        help="Of the live Megatron model: its own, or Transformer Engine's, perhaps with one "
+        "attention backend; by default the latter where they are installed, on a GPU.",
+    ),
+]
 VocabDivisor = Annotated[
     int,
     typer.Option(

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
@@ -88,3 +89,23 @@ class RichProgress:
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task(name, total=total)
             yield lambda nbytes: progress.advance(task, nbytes)
+
+
+@contextmanager
+def counter(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Count what is done of `total`, on stderr, while results go into a file.
+
+    Nothing where stderr is no terminal; nor where stdout is one, and shows results as they come.
+    """
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    disable = not console.is_terminal or sys.stdout.isatty()
+    # rich would take what is printed meanwhile to stderr, too.
+    with Progress(*columns, console=console, disable=disable, redirect_stdout=False) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda count: progress.advance(task, count)

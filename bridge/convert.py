@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Final
 
 from bridge import __version__
-from bridge.agreement import check_agreement
+from bridge.agreement import described_model
 from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
@@ -25,7 +25,7 @@ from bridge.hf_config import (
     load_hf_config,
     spec_from_hf_config,
 )
-from bridge.megatron_args import checkpoint_args, megatron_lm_flags, spec_from_checkpoint_args
+from bridge.megatron_args import checkpoint_args, megatron_lm_flags
 from bridge.pipeline import plan_layout
 from bridge.plan import Plan, account_for, fold_layers
 from bridge.record import (
@@ -184,8 +184,7 @@ def export_checkpoint(
     refuse_overlap(hf, [megatron, *([] if hf_model is None else [hf_model])])
     with MegatronSource(megatron) as source:
         record = read_record(source.root) if hf_model is None else None
-        carry = {*options.carry, *(record.carried_fields if record is not None else ())}
-        spec, side_source, notes = _export_spec(source, hf_model, carry)
+        spec, side_source, notes = _export_spec(source, hf_model, options.carry)
         plan = Plan.of_checkpoint(spec, source.tensors)
         account_for(plan.mcore_shapes, source.tensors, where=str(megatron))
         dtypes = plan.target_dtypes(plan.mcore_to_hf, source.tensors, where=str(megatron))
@@ -301,22 +300,12 @@ def _export_spec(
 ) -> tuple[ModelSpec, Location | None, list[str]]:
     """The model to export, where its side files (or bare config) are, and what to tell."""
     notes = [f"ignored: {what}" for what in source.ignored]
-    kept = source.root / SIDE_DIRECTORY
-    directory = hf_model if hf_model is not None else kept if kept.is_dir() else None
+    spec, directory = described_model(source, hf_model, carry=carry)
     if directory is None:
-        if source.args is None:
-            raise ConfigError(
-                "the checkpoint says nothing of its model: common.pt holds no args",
-                where=str(source.root),
-                hint="pass --hf-model with the directory or config.json of the original model",
-            )
         notes.append(
             "config.json was written from the checkpoint's args; pass --hf-model to take the "
             "original's, with its tokenizer"
         )
-        return spec_from_checkpoint_args(source.args, where=source.args_where), None, notes
-    spec = read_spec(directory, carry=carry)
-    check_agreement(source, spec, where=str(directory))
     return spec, directory, notes
 
 

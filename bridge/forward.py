@@ -53,12 +53,33 @@ def forward(
             hint="bridge.backward.loss_and_gradients takes them back through the stages",
         )
     done = run_stages(model_parts, spec, layout, input_ids, position_ids, grad=grad)
-    logits = done.logits
+    shape = (*input_ids.shape, spec.vocab_size)
+    return from_last_stage(done.logits, shape, model_parts, layout)
+
+
+def from_last_stage(
+    logits: torch.Tensor | None,
+    shape: Sequence[int],
+    model_parts: Sequence[Any],
+    layout: ParallelLayout,
+) -> torch.Tensor:
+    """Broadcast logits from the pipeline rank of the last stage to all.
+
+    Args:
+        logits: What `run_stages` gave this rank.
+        shape: Theirs.
+        model_parts: This rank's.
+        layout: How the model is cut.
+    """
+    from megatron.core import parallel_state
+
     if logits is None:
-        dtype, device = _dtype(model_parts), current_device()
-        logits = torch.empty(*input_ids.shape, spec.vocab_size, dtype=dtype, device=device)
+        logits = torch.empty(*shape, dtype=_dtype(model_parts), device=current_device())
     if layout.pipeline_model_parallel_size > 1:
-        torch.distributed.broadcast(logits, done.last_rank, group=done.group)
+        group = parallel_state.get_pipeline_model_parallel_group()
+        ranks = torch.distributed.get_process_group_ranks(group)
+        last_rank = ranks[list(layout.stages())[-1].pp_rank]
+        torch.distributed.broadcast(logits.contiguous(), last_rank, group=group)
     return logits
 
 
@@ -104,11 +125,14 @@ def run_stages(
     position_ids: torch.Tensor | None,
     *,
     grad: bool,
+    cache: Any = None,  # noqa: ANN401 - StaticInferenceContext, which ships no types
 ) -> Passage:
     """Take a batch through all stages; arguments and errors are those of `forward`.
 
     With `grad` each stage records its own computation, from what it received to what it sent; what
-    lies between two ranks is for `bridge.backward` to bridge.
+    lies between two ranks is for `bridge.backward` to bridge. With a `cache`, Megatron's
+    `StaticInferenceContext`, the batch goes on behind the tokens that it holds, `position_ids` is
+    None, and the logits are those of the last token; see `bridge.generation.decoder`.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -124,7 +148,9 @@ def run_stages(
     length = input_ids.shape[1]
     if layout.sequence_parallel:
         length //= layout.tensor_model_parallel_size
-    mask = _causal_mask(model_parts, input_ids)
+    # One token behind a cache may look at everything, and a mask for what lies before is not its.
+    is_behind = cache is not None and cache.sequence_len_offset > 0
+    mask = None if is_behind else _causal_mask(model_parts, input_ids)
     pp_rank = parallel_state.get_pipeline_model_parallel_rank()
     group = parallel_state.get_pipeline_model_parallel_group()
     ranks = torch.distributed.get_process_group_ranks(group)
@@ -136,7 +162,7 @@ def run_stages(
         for stage, following in zip(stages, [*stages[1:], None], strict=True):
             if stage.pp_rank == pp_rank:
                 part = model_parts[stage.vp_stage]
-                output = _run(part, hidden, input_ids, position_ids, mask)
+                output = _run(part, hidden, input_ids, position_ids, mask, cache)
                 if grad:
                     runs.append(StageRun(stage=stage, received=hidden, output=output))
                 hidden = output
@@ -146,9 +172,10 @@ def run_stages(
                 hidden = torch.empty(length, batch, spec.hidden_size, dtype=dtype, device=device)
                 receive(hidden, ranks[stage.pp_rank], group)
                 hidden.requires_grad_(grad)
-        if stages[-1].pp_rank == pp_rank:
-            logits = gather_from_tensor_model_parallel_region(hidden)
-            logits = logits[:, :num_tokens, : spec.vocab_size].contiguous()
+        if hidden is not None and stages[-1].pp_rank == pp_rank:
+            if cache is None:  # otherwise Megatron has gathered them
+                hidden = gather_from_tensor_model_parallel_region(hidden)
+            logits = hidden[:, :num_tokens, : spec.vocab_size].contiguous()
     last_rank = ranks[stages[-1].pp_rank]
     return Passage(runs=runs, logits=logits, group=group, ranks=ranks, last_rank=last_rank)
 
@@ -173,7 +200,7 @@ def forward_part(
     """
     with torch.no_grad():
         mask = _causal_mask([part], input_ids)
-        return _run(part, hidden, input_ids, position_ids, mask)
+        return _run(part, hidden, input_ids, position_ids, mask, None)
 
 
 def _run(
@@ -182,14 +209,16 @@ def _run(
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
     mask: torch.Tensor | None,
+    cache: Any,  # noqa: ANN401 - StaticInferenceContext, which ships no types
 ) -> torch.Tensor:
     if hidden is not None:
         part.set_input_tensor(hidden)
     part.rotary_pos_emb.position_ids = position_ids
     try:
         output: torch.Tensor = part(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=mask
-        )
+            input_ids=input_ids, position_ids=position_ids, attention_mask=mask,
+            inference_context=cache, runtime_gather_output=None if cache is None else True,
+        )  # fmt: skip
     finally:
         part.rotary_pos_emb.position_ids = None
         part.set_input_tensor(None)

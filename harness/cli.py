@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 import bridge.cli
-from bridge import cli_inspect
+from bridge import cli_generate, cli_inspect
 from bridge.cli import app
 from bridge.cli_options import (
     CarryField,
+    DeviceName,
     Json,
+    LayersChoice,
+    LayersName,
     Revision,
     TrustRemoteCode,
 )
@@ -37,7 +40,7 @@ from harness import (
     cli_stream,
 )
 from harness.cli_run import Format, Report, Resume, Workdir, finish, print_ids, run_and_report
-from harness.cli_tools import DeviceName, DtypeName, LayersChoice, LayersName, Timeout
+from harness.cli_tools import DtypeName, Timeout
 
 if TYPE_CHECKING:
     from bridge.spec import ModelSpec
@@ -51,7 +54,7 @@ ListOnly = Annotated[
     bool, typer.Option("--list", "--dry-run", help="Print the ids of the cases; run nothing.")
 ]
 _COMMANDS = (
-    cli_inspect, cli_bench, cli_diff, cli_explain, cli_faults, cli_golden, cli_replay,
+    cli_inspect, cli_generate, cli_bench, cli_diff, cli_explain, cli_faults, cli_golden, cli_replay,
 )  # fmt: skip
 """Modules that add commands of their own."""
 _ON_RANKS = ("parity", "verify")

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bridge.cli import app
-from bridge.cli_options import Json
+from bridge.cli_options import DeviceName, Json
 from bridge.errors import UsageError
-from harness.cli_tools import DeviceName
 
 if TYPE_CHECKING:
     from harness.benchmarks.results import Measurement

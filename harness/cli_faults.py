@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bridge.cli import app
-from bridge.cli_options import Json
+from bridge.cli_options import DeviceName, Json, LayersName
 from bridge.errors import UsageError
-from harness.cli_tools import DeviceName, DtypeName, LayersName
+from harness.cli_tools import DtypeName
 
 if TYPE_CHECKING:
     from rich.table import Table

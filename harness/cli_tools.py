@@ -10,7 +10,9 @@ import typer
 from bridge.cli import app
 from bridge.cli_options import (
     CarryField,
+    DeviceName,
     Json,
+    LayersName,
     PpSize,
     Revision,
     TpSize,
@@ -21,16 +23,6 @@ from bridge.errors import UsageError
 
 DtypeName = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--dtype", help="What to compute in.")
-]
-DeviceName = Annotated[Literal["cpu", "cuda"], typer.Option("--device", help="Where to compute.")]
-LayersChoice = Literal["auto", "local", "te", "te-unfused", "te-fused", "te-flash"]
-LayersName = Annotated[
-    LayersChoice,
-    typer.Option(
-        "--layers",
-        help="Of the live Megatron model: its own, or Transformer Engine's, perhaps with one "
-        "attention backend; by default the latter where they are installed, on a GPU.",
-    ),
 ]
 Timeout = Annotated[
     float, typer.Option("--timeout", min=1, help="Seconds that one case may keep ranks busy.")

@@ -1,4 +1,4 @@
-"""Greedy decoding inside the ranks: every step a forward pass over all tokens so far."""
+"""Greedy decoding inside the ranks, through the KV cache that `nemotron-bridge generate` uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def decode(
 
     As long as both choose the same tokens this is greedy decoding; where they part, the other's
     token is taken, so that one near-tie does not end the comparison. Positions are left for the
-    model to count, as they are in use.
+    model to count, as they are in use. Under sequence parallelism, which goes with no cache, every
+    step is a forward pass over all tokens so far.
 
     Args:
         context: This rank.
@@ -32,15 +33,22 @@ def decode(
     """
     import torch
 
-    from bridge.forward import forward
+    from bridge.forward import forward, from_last_stage
+    from bridge.generation.decoder import Decoder
 
     parts = model(context, request)
-    tokens = np.concatenate([prompts, follow], axis=1)
-    steps = []
+    spec, layout = request.spec, request.layout
+    tokens = torch.from_numpy(np.concatenate([prompts, follow[:, :-1]], axis=1))
+    start, (batch, length) = prompts.shape[1], tokens.shape
     with torch.no_grad():
-        for length in range(prompts.shape[1], tokens.shape[1]):
-            so_far = torch.from_numpy(np.ascontiguousarray(tokens[:, :length]))
-            steps.append(forward(parts, request.spec, request.layout, so_far)[:, -1])
+        if layout.sequence_parallel:
+            so_far = [tokens[:, :end] for end in range(start, length + 1)]
+            steps = [forward(parts, spec, layout, one)[:, -1] for one in so_far]
+        else:
+            decoder = Decoder(parts, spec, layout, batch_size=batch, max_sequence_length=length)
+            fed = [tokens[:, :start], *(tokens[:, at : at + 1] for at in range(start, length))]
+            shape = (batch, spec.vocab_size)
+            steps = [from_last_stage(decoder.feed(one), shape, parts, layout) for one in fed]
     if context.rank != 0:
         return None
     found = torch.stack(steps, dim=1)

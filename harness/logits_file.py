@@ -11,23 +11,18 @@ from typing import Literal
 import numpy as np
 
 from bridge import __version__ as bridge_version
-from bridge.agreement import check_agreement
+from bridge.agreement import described_model
 from bridge.console import RichProgress
-from bridge.convert import read_spec
 from bridge.errors import (
     CheckpointError,
-    ConfigError,
     EnvironmentMissingError,
     InconsistentConfigError,
 )
 from bridge.hf_config import load_hf_config
-from bridge.megatron_args import spec_from_checkpoint_args
 from bridge.pipeline import plan_layout
 from bridge.platform import describe, forbid_tf32
-from bridge.record import SIDE_DIRECTORY, read_record
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
-from bridge.storage.remote import Location
 from bridge.storage.safetensors import SafetensorsSource
 from harness import live
 from harness.detached import DetachedReference, Provenance
@@ -264,7 +259,8 @@ def compute_megatron(
         BridgeError: BR104, tokens it does not have; BR2xx, a layout it cannot be cut into; HN2xx,
             ranks that could not run; or what is wrong with the checkpoint.
     """
-    spec = megatron_spec(megatron, hf_model=hf_model, carry=carry)
+    with MegatronSource(megatron) as source:
+        spec, kept = described_model(source, hf_model, carry=carry)
     tokens = tokens_for(given, spec)
     account_for_megatron(megatron, spec)
     layout = plan_layout(
@@ -286,7 +282,6 @@ def compute_megatron(
         found: list[Array] = pool.run(
             layout, live.logits, request, tokens.input_ids, tokens.position_ids
         )
-    kept = _configuration(megatron, hf_model)
     return DetachedReference(
         logits=found[0],
         provenance=Provenance(
@@ -300,46 +295,3 @@ def compute_megatron(
             versions=_versions(),
         ),
     )
-
-
-def _configuration(megatron: Path, hf_model: Path | None) -> Location | None:
-    """The configuration that goes with a Megatron checkpoint, if any: given, or kept at import."""
-    if hf_model is not None:
-        return hf_model
-    with MegatronSource(megatron) as source:
-        kept = source.root / SIDE_DIRECTORY
-    return kept if kept.is_dir() else None
-
-
-def megatron_spec(
-    megatron: Path, *, hf_model: Path | None = None, carry: Collection[str] = ()
-) -> ModelSpec:
-    """The model of a Megatron checkpoint: by `hf_model`, the record of its import, or its args.
-
-    A configuration says more than args do, yet where both say something they must agree.
-
-    Args:
-        megatron: The checkpoint.
-        hf_model: Directory or `config.json` of the original model.
-        carry: Unknown fields of the configuration to let through, besides those that the import
-            let through.
-
-    Raises:
-        ConfigError: BR100, none of them is there; BR103 or BR104, the args are of another model.
-    """
-    with MegatronSource(megatron) as source:
-        found = _configuration(megatron, hf_model)
-        if hf_model is None and found is not None:
-            record = read_record(source.root)
-            carry = {*carry, *(record.carried_fields if record is not None else ())}
-        if found is not None:
-            spec = read_spec(found, carry=carry)
-            check_agreement(source, spec, where=str(found))
-            return spec
-        if source.args is None:
-            raise ConfigError(
-                "the checkpoint says nothing of its model: common.pt holds no args",
-                where=str(source.root),
-                hint="pass --hf-model with the directory or config.json of the original model",
-            )
-        return spec_from_checkpoint_args(source.args, where=source.args_where)

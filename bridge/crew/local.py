@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
 from bridge.crew.interrupts import interrupts_held
 from bridge.crew.protocol import Brake, Value
@@ -36,6 +36,30 @@ _REPORT_EVERY: Final = 0.1
 """Seconds between two reports of bytes done."""
 _DEATH: Final = 5.0
 """Seconds for a process whose pipe is closed to be gone."""
+
+
+class Loss(Protocol):
+    """Words for a hand that has died."""
+
+    def __call__(
+        self, rank: int, size: int, pid: int | None, how: str, *, killed: bool
+    ) -> WorkerLostError:
+        """What to raise; `killed` is by SIGKILL, as the system does when memory runs out."""
+        ...
+
+
+def lost_worker(
+    rank: int, size: int, pid: int | None, how: str, *, killed: bool
+) -> WorkerLostError:
+    """The `Loss` of a conversion."""
+    return WorkerLostError(
+        f"worker {rank} of {size} {how}; the target was not created",
+        where=f"process {pid}",
+        hint="if nobody killed it, memory ran out: lower --workers or --memory-budget, and run it "
+        "again"
+        if killed
+        else "run it again; what is above may say why it ended",
+    )
 
 
 @dataclass(slots=True)
@@ -56,6 +80,7 @@ class LocalLead:
         function: What each hand runs, as `function(*args, crew=..., **kwargs)`; importable by name.
         args: Picklable.
         kwargs: Picklable.
+        lost: What to say when a hand has died.
     """
 
     rank: Final = 0
@@ -66,8 +91,10 @@ class LocalLead:
         function: Callable[..., object],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
+        lost: Loss,
     ) -> None:
         self.size = size
+        self._lost = lost
         self.brake = Brake()
         self._changed = threading.Condition()
         self._values: dict[int, Any] = {}
@@ -139,7 +166,7 @@ class LocalLead:
                     del hands[hand.connection]
                     hand.connection.close()
                     if not (hand.done or self._leaving):
-                        self._fail(_lost(hand, self.size))
+                        self._fail(_death(hand, self.size, self._lost))
 
     def _take(self, hand: _Hand, message: _Message) -> None:
         kind, content = message
@@ -218,9 +245,11 @@ def led(
     function: Callable[..., object],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    *,
+    lost: Loss = lost_worker,
 ) -> Iterator[LocalLead]:
     """A lead and its hands, which are gone when the block ends; see `LocalLead`."""
-    lead = LocalLead(size, function, args, kwargs)
+    lead = LocalLead(size, function, args, kwargs, lost)
     try:
         yield lead
     except BaseException as error:
@@ -279,27 +308,17 @@ def _end_with_lead() -> None:
         os._exit(1)  # in the middle of whatever the other threads do
 
 
-def _lost(hand: _Hand, size: int) -> WorkerLostError:
+def _death(hand: _Hand, size: int, lost: Loss) -> WorkerLostError:
     hand.process.join(_DEATH)
     code = hand.process.exitcode
-    hint = "run it again; what is above may say why it ended"
-    if code is not None and code < 0:
+    if code is None or code >= 0:
+        how = "ended early" if code is None else f"ended with exit code {code}"
+    else:
         try:
             how = f"was killed by {signal.Signals(-code).name}"
         except ValueError:
             how = f"was killed by signal {-code}"
-        if -code == signal.SIGKILL:
-            hint = (
-                "if nobody killed it, memory ran out: lower --workers or --memory-budget, and run "
-                "it again"
-            )
-    else:
-        how = "ended early" if code is None else f"ended with exit code {code}"
-    return WorkerLostError(
-        f"worker {hand.rank} of {size} {how}; the target was not created",
-        where=f"process {hand.process.pid}",
-        hint=hint,
-    )
+    return lost(hand.rank, size, hand.process.pid, how, killed=code == -signal.SIGKILL)
 
 
 @contextmanager

@@ -123,6 +123,11 @@ class TorchrunCrew:
         rank, first = _first(told) or (self.rank, error)
         return error if rank == self.rank else first
 
+    @property
+    def store(self) -> Any:  # noqa: ANN401 - of torch, which types it by platform
+        """What the ranks met at; it outlives the crew, and others may meet there too."""
+        return self._store
+
     def lead_is_gone(self) -> bool:
         """Whether rank 0 was on this machine and has died, and somebody else must report."""
         return 0 in self._gone()

@@ -1,8 +1,8 @@
-"""Generation: greedy decoding by the reference, with its cache, and by Megatron, over a layout.
+"""Generation: greedy decoding by the reference and by Megatron over a layout, each with its cache.
 
 Both are judged by the oracle on the same tokens. A step at which they choose differently is a
 near-tie if the oracle, too, finds it hard to choose; decoding then goes on from the reference's
-token. The cache is the reference's alone, and this is the only check that it passes through.
+token. This is the only check that passes through either cache.
 
 Log-probabilities have an error that grows with the logits, and so a limit in ulp of their rms.
 """

@@ -12,12 +12,20 @@ from typing import Final
 
 from bridge.spec import ModelSpec
 from harness.errors import SuiteError
-from harness.faults import arithmetic, configuration, mapping, parallel, references, storage
+from harness.faults import (
+    arithmetic,
+    caches,
+    configuration,
+    mapping,
+    parallel,
+    references,
+    storage,
+)
 from harness.hooks import Fault
 
 CATALOGUE: Final[Mapping[str, Fault]] = {
     fault.name: fault
-    for module in (mapping, configuration, arithmetic, parallel, storage, references)
+    for module in (mapping, configuration, arithmetic, caches, parallel, storage, references)
     for fault in module.FAULTS
 }
 

@@ -1,0 +1,112 @@
+"""Ranks that a command starts: they say what they do, and nobody waits for a dead one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from bridge.crew.launch import Launch
+from bridge.errors import LayoutError, WorkerLostError
+from bridge.generation import launch
+from bridge.generation.decoding import Step
+from bridge.generation.launch import Request, check_world, run
+from bridge.generation.sampling import Sampling
+from bridge.generation.source import find_model
+from bridge.pipeline import parse_layout
+from bridge.progress import Silent
+from harness.toys import toy_named, write_checkpoint
+
+if TYPE_CHECKING:
+    from tests.bridge.generation import generation_ranks as ranks
+else:  # a module beside this file: tests are not a package
+    sys.path.append(str(Path(__file__).parent))
+    import generation_ranks as ranks
+
+pytestmark = pytest.mark.ranks
+
+HERE = Launch(workers=1, crew=None)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_stays_behind() -> Iterator[None]:
+    """No test leaves a rank behind, however it ends."""
+    yield
+    ranks_left = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "multiprocessing.spawn" in " ".join(child.cmdline())
+    ]
+    assert ranks_left == []
+
+
+@pytest.fixture(scope="module")
+def request_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Request]:
+    """Six tokens of two prompts by a toy under a layout."""
+    path = tmp_path_factory.mktemp("toy") / "hf"
+    write_checkpoint(toy_named("super-49b-v1"), path, dtype="float32")
+    model = find_model(str(path), None)
+
+    def request(layout: str) -> Request:
+        return Request(
+            model=model,
+            layout=parse_layout(layout, model.spec),
+            params_dtype="float32",
+            device="cpu",
+            layers="auto",
+            prompts=((1, 2, 3), (4, 5)),
+            max_new_tokens=6,
+            sampling=Sampling(temperature=1.0, seed=3),
+            stop_token_ids=frozenset(),
+            batch_size=2,
+            timeout=60,
+        )
+
+    return request
+
+
+def test_a_rank_that_is_killed_is_named_and_takes_the_others_along(
+    request_of: Callable[[str], Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the other one waits for it inside a collective, and complains of its silence."""
+    monkeypatch.setattr(launch, "_serve", ranks.serve_and_die)
+    steps: list[Step] = []
+    with pytest.raises(WorkerLostError, match="rank 1 of 2 was killed by SIGKILL\n") as caught:
+        run(request_of("tp1-pp2"), HERE, progress=Silent(), on_step=steps.append)
+    assert len(steps) == 4
+    assert "memory ran out" in (caught.value.hint or "")
+
+
+def test_ctrl_c_ends_the_ranks(
+    request_of: Callable[[str], Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reaches this process between two steps; the ranks would go on for ever."""
+    monkeypatch.setattr(launch, "_serve", ranks.serve_for_ever)
+    steps: list[Step] = []
+
+    def interrupt(step: Step) -> None:
+        steps.append(step)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(request_of("tp2-pp1"), HERE, progress=Silent(), on_step=interrupt)
+    assert steps == [Step(tokens=((0, 7),), finished=())] * 3
+
+
+def test_torchruns_ranks_must_be_those_of_the_layout(
+    request_of: Callable[[str], Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither fewer nor more; elsewhere any layout will do."""
+    layout = request_of("tp2-pp2").layout
+    check_world(layout)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    check_world(layout)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LayoutError, match="torchrun has started 2 ranks for layout tp2-pp2 of 4"):
+        check_world(layout)
