@@ -8,20 +8,18 @@ Both are read back before the target appears.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import torch
 
 from bridge import __version__
-from bridge.checksums import crc32
 from bridge.crew.live import LiveCrew
 from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, Words, dtype_named
-from bridge.errors import CheckpointError, VerificationError
+from bridge.errors import VerificationError
 from bridge.hf_config import CONFIG_NAME
 from bridge.live_export import export_hf
 from bridge.live_parameters import matched
@@ -34,10 +32,10 @@ from bridge.spec import ModelSpec, ParallelLayout
 from bridge.staging import as_words
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
 from bridge.storage.new_checkpoint import NewCheckpoint
-from bridge.storage.new_files import Flusher, NewFile
-from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource, ShardHeader
+from bridge.storage.safetensors import INDEX_NAME, ShardHeader
 from bridge.storage.safetensors_layout import layout_like, total_nbytes
-from bridge.storage.source import FileLayout, Payload, TensorInfo
+from bridge.storage.source import FileLayout, TensorInfo
+from bridge.storage.streamed_files import StreamedFiles
 from bridge.storage.torch_dist_config import TRACKER_NAME
 from bridge.storage.torch_dist_write import iteration_directory
 from bridge.tiling import Box, Tile, Tiling, bands
@@ -112,10 +110,10 @@ def save_hf(
     with shared_checkpoint(
         target, overwrite=overwrite, last=(INDEX_NAME, CONFIG_NAME), crew=crew
     ) as new:
-        place = new.written()
+        place = Path(str(new.written()))
         with (
             crew.phase(progress or Silent(), "export", total_nbytes(tensors.values())) as advance,
-            _StreamedFiles(layouts if crew.rank == 0 else (), Path(str(place))) as written,
+            StreamedFiles(layouts if crew.rank == 0 else (), place) as written,
         ):
             for name, weight in export_hf(
                 model_parts, spec, layout,
@@ -123,77 +121,12 @@ def save_hf(
             ):  # fmt: skip
                 written.write(name, weight)
         if crew.rank == 0:
-            written.check(place)
+            _refuse_differences(written.differences(place))
             if index is not None:
                 new.write_small_file(INDEX_NAME, index)
             for name, data in files.small.items():
                 new.write_small_file(name, data)
         crew.gather(None)
-
-
-class _StreamedFiles:
-    """Files filled by whole tensors in whatever order these come.
-
-    The stream is collective, so a file that cannot be written does not stop it: the first failure
-    is kept, what follows is dropped, and leaving the block raises it.
-    """
-
-    def __init__(self, layouts: Sequence[FileLayout], directory: Path) -> None:
-        self._layouts, self._directory = layouts, directory
-        self._places: dict[str, tuple[NewFile, Payload]] = {}
-        self._crc32: dict[str, int] = {}
-        self._failure: CheckpointError | None = None
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Self:
-        flusher = self._stack.enter_context(Flusher())
-        self._flusher = flusher
-        try:
-            for layout in self._layouts:
-                file = flusher.create(self._directory / layout.path, layout.size)
-                for offset, literal in layout.literals:
-                    file.write(literal, offset)
-                self._places |= {payload.tensor: (file, payload) for payload in layout.payloads}
-        except CheckpointError as error:
-            self._failure = error
-        return self
-
-    def write(self, name: str, weight: torch.Tensor) -> None:
-        """Write one tensor, unless something has failed."""
-        if self._failure is not None:
-            return
-        try:
-            file, payload = self._places[name]
-            data = weight.contiguous().reshape(-1).view(torch.uint8).numpy().data
-            file.write(data, payload.offset)
-            self._crc32[name] = crc32(data)
-            self._flusher.start(file)
-        except CheckpointError as error:
-            self._failure = error
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None and self._failure is None:
-            for file in dict.fromkeys(file for file, _ in self._places.values()):
-                self._flusher.finish(file)
-        self._stack.__exit__(kind or (self._failure and type(self._failure)), self._failure, None)
-        if kind is None and self._failure is not None:
-            raise self._failure
-
-    def check(self, place: object) -> None:
-        """Read everything back. Raises VerificationError BR305 where it is not what was written."""
-        names = [layout.path for layout in self._layouts]
-        wrong = []
-        with SafetensorsSource(Path(str(place)), files=names) as source:
-            for name, expected in self._crc32.items():
-                info = source.tensors[name]
-                found = 0
-                for box in bands(Box.whole(info.shape), max_elements=_BAND // info.dtype.itemsize):
-                    words = np.empty(box.shape, info.dtype.word)
-                    source.read_into(name, box, words)
-                    found = crc32(words.reshape(-1).view("u1").data, found)
-                if found != expected:
-                    wrong.append(name)
-        _refuse_differences(wrong)
 
 
 def save_megatron(

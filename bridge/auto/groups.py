@@ -48,7 +48,8 @@ def join(device: Device) -> None:
             local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
         )
     else:
-        platform.join(0, 1, store=torch.distributed.HashStore(), device=device)
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch does not list it
+        platform.join(0, 1, store=store, device=device)
     atexit.register(_leave)
 
 
