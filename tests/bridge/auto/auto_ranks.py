@@ -204,3 +204,58 @@ def replicas(context: RankContext, hf: Path, out: Path) -> dict[str, Any]:
     finally:
         parallel_state.destroy_model_parallel()
         platform.form_groups(context.layout)
+
+
+def built(_context: RankContext, hf: Path) -> dict[str, Any]:
+    """What comes of a provider's settings on two tensor parallel ranks."""
+    bridge = AutoBridge.from_hf_pretrained(hf)
+    provider = bridge.to_megatron_provider(load_weights=False)
+    provider.tensor_model_parallel_size = 2
+    provider.sequence_parallel = True
+    provider.should_pad_vocab = True
+    provider.params_dtype = torch.float32
+    provider.init_method_std = 0.05
+    provider.hidden_dropout = 0.1
+    provider.recompute_granularity = "full"
+    provider.recompute_method = "uniform"
+    provider.recompute_num_layers = 1
+    hooks: list[str] = []
+    provider.register_pre_wrap_hook(lambda model: hooks.append("second") or model)
+    provider.register_pre_wrap_hook(lambda _model: hooks.append("third"))
+    provider.register_pre_wrap_hook(lambda model: hooks.append("first") or model, prepend=True)
+    provider.register_post_wrap_hook(lambda _model: hooks.append("wrapped"))
+    (part,) = provider.provide_distributed_model(wrap_with_ddp=False)
+    found: dict[str, Any] = {
+        "config": {
+            name: getattr(part.config, name)
+            for name in (
+                "recompute_granularity",
+                "hidden_dropout",
+                "params_dtype",
+                "sequence_parallel",
+                "perform_initialization",
+            )
+        },
+        "hooks": hooks,
+        "training": [part.training],
+        "rows": part.embedding.word_embeddings.weight.shape[0],
+        # Not of a layer that ends a residual branch: those Megatron scales.
+        "std": float(part.decoder.layers[2].mlp.linear_fc1.weight.std()),
+        "ones": bool((part.decoder.final_layernorm.weight == 1).all()),
+    }
+    halves = bridge.to_megatron_provider()
+    halves.tensor_model_parallel_size = 2
+    found["halves"] = [
+        type(halves.provide_distributed_model(wrap_with_ddp=False, **arguments)[0]).__name__
+        for arguments in ({}, {"mixed_precision_wrapper": None})
+    ]
+    found["provided"] = type(halves.provide(pre_process=True)).__name__
+    for what, function in {
+        "other groups": lambda: bridge.to_megatron_model(wrap_with_ddp=False),
+        "post_process": lambda: halves.provide(post_process=False),
+    }.items():
+        try:
+            function()
+        except BridgeError as error:
+            found[what] = str(error)
+    return found

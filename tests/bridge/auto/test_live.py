@@ -1,4 +1,4 @@
-"""Live models of `AutoBridge`, on real ranks: what goes in comes out, at every layout, bit for bit."""
+"""Live models of `AutoBridge`, on real ranks: what goes in comes out, at every layout."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def test_tasks_say_what_becomes_of_each_parameter(
 def test_megatron_s_schedules_run_without_a_gpu(
     pool: RankPool, checkpoints: dict[str, Path], case: str
 ) -> None:
-    """Without a mask given, they give what the stages give one by one, where logits are to be had."""
+    """Without a mask given, they give what the stages give one by one."""
     found = run(pool, checkpoints, case, ranks.schedule)
     assert set(found) <= {True, None}
     assert True in found
@@ -220,3 +220,29 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
     assert "decoder.layers.1.lora" in first["adapter"]
     assert before == sorted(path.name for path in hf.iterdir())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_set_is_what_is_built(pool: RankPool, checkpoints: dict[str, Path]) -> None:
+    """Megatron-Core gets what is handed on; hooks run in turn; without weights they are drawn."""
+    hf = checkpoints["tied"]
+    layout = plan_layout(read_spec(hf), tensor_model_parallel_size=2)
+    found, other = pool.run(layout, ranks.built, hf)
+    assert found["config"] == {
+        "recompute_granularity": "full",
+        "hidden_dropout": 0.1,
+        "params_dtype": torch.float32,
+        "sequence_parallel": True,
+        "perform_initialization": True,
+    }
+    assert found["hooks"] == ["first", "second", "third", "wrapped"]
+    assert found["training"] == [True]
+    assert found["rows"] == 768 // 2  # 527 to a multiple of 128 x TP, halved
+    assert found["std"] == pytest.approx(0.05, rel=0.05)
+    assert found["ones"]
+    assert found["halves"] == ["Float16Module", "GPTModel"]
+    assert "groups are formed for 2, the provider says 1" in found["other groups"]
+    assert "post_process=False for a stage" in found["post_process"]
+    assert found["provided"] == "GPTModel"
+    assert {name: one for name, one in other.items() if name != "std"} == {
+        name: one for name, one in found.items() if name != "std"
+    }
