@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub.constants
 import pytest
 
 ROOT = Path(__file__).parents[3]
@@ -29,14 +30,15 @@ class Request(NamedTuple):
 
 
 class Hub:
-    """Serves `org/model` in the Hub's own protocol, and remembers what it was asked.
+    """Serves one model in the Hub's own protocol, and remembers what it was asked.
 
     Args:
         directory: The model's files, the same at every revision.
+        name: Its id.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory, self.name = directory, name
         self.requests: list[Request] = []
         self.cut: str | None = None
         """A file whose first transfer ends halfway."""
@@ -57,6 +59,19 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     @property
+    def environment(self) -> dict[str, str]:
+        """What sends a script here, with a cache of its own."""
+        return {"HF_ENDPOINT": self.url, "HF_HOME": "cache"}
+
+    def be_the_hub(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Send this process here, with a cache of its own."""
+        constants = huggingface_hub.constants
+        files = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    @property
     def transferred(self) -> list[str]:
         """Files of which bytes were asked for, in order."""
         return [
@@ -70,15 +85,15 @@ class Hub:
         path = asked.path.partition("?")[0]
         start = int(asked.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
         self.requests.append(Request(asked.command, path, start))
-        match path.strip("/").split("/"):
-            case ["api", "models", "org", "model", *rest] if not rest or rest[0] == "revision":
+        match path.replace(self.name, "MODEL").strip("/").split("/"):
+            case ["api", "models", "MODEL", *rest] if not rest or rest[0] == "revision":
                 revision = "/".join(rest[1:]) or "main"
                 siblings = [{"rfilename": name} for name in self._names()]
                 sha = COMMITS.get(revision, revision)
-                self._json(asked, {"id": "org/model", "sha": sha, "siblings": siblings})
-            case ["api", "models", "org", "model", "tree", _]:
+                self._json(asked, {"id": self.name, "sha": sha, "siblings": siblings})
+            case ["api", "models", "MODEL", "tree", _]:
                 self._json(asked, [self._entry(name) for name in self._names()])
-            case ["org", "model", "resolve", revision, name] if name in self._names():
+            case ["MODEL", "resolve", revision, name] if name in self._names():
                 self._file(asked, COMMITS.get(revision, revision), name, start)
             case _:
                 asked.send_response(404)
@@ -124,12 +139,12 @@ class Hub:
 
 
 @pytest.fixture
-def hub() -> Iterator[Callable[[Path], Hub]]:
-    """Start a Hub that has one model: `hub(directory)`."""
+def hub() -> Iterator[Callable[..., Hub]]:
+    """Start a Hub that has one model: `hub(directory, name)`."""
     started: list[Hub] = []
 
-    def start(directory: Path) -> Hub:
-        started.append(Hub(directory))
+    def start(directory: Path, name: str = "org/model") -> Hub:
+        started.append(Hub(directory, name))
         return started[-1]
 
     yield start

@@ -29,14 +29,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def served(
-    hub: Callable[[Path], Hub], model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    hub: Callable[..., Hub], model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Hub:
     """The Hub that huggingface_hub talks to, its cache empty."""
     started = hub(model)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", started.url)
-    files = started.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    started.be_the_hub(monkeypatch, tmp_path / "cache")
     return started
 
 
