@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from bridge.errors import BridgeError, LayoutError
+from bridge.errors import BridgeError
 from bridge.forward import current_device
 from bridge.live_parameters import matched
 from bridge.loading import unwatched
@@ -73,8 +73,6 @@ def export_hf(
         if only is not None and parameter.name not in only:
             continue
         local = replica.tensors.get(parameter.name)
-        if pp_rank != replica.pp_rank:
-            local = None  # a tied embedding's copy on the last stage
         for name, pieces in _pieces(parameter, layout.tensor_model_parallel_size).items():
             dtype = replica.dtypes[pp_rank, parameter.name]
             weight = None
@@ -185,15 +183,13 @@ def _move(
 ) -> None:
     """Bring one tile from the rank that owns it into the tensor, wherever that is being made."""
     owned = replica.rank == owner
-    if owned and mine is None:
-        raise LayoutError(f"rank {owner} does not hold the tile of {tile.source} it should")
     alone = dst == owner or len(replica.places) == 1
     if not alone:
         mine = _exchange(
             mine if owned else None, tile.source_box.shape, dtype,
             owner=owner, dst=dst, replica=replica,
         )  # fmt: skip
-    if weight is not None and mine is not None:
+    if weight is not None:
         weight[tile.source_box.slices] = mine
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -27,6 +27,9 @@ from bridge.plan import account_for
 from bridge.progress import Progress, Silent
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.storage.safetensors import SafetensorsSource
+
+_OF_THE_MODEL: Final = frozenset({CONFIG_NAME, "generation_config.json"})
+"""Files that stay the model's when the tokenizer is another's."""
 
 
 def load_hf_weights(
@@ -122,8 +125,8 @@ def save_megatron(
                 theirs = HfPretrained.of_checkpoint(
                     str(tokenizer), source.access, trust_remote_code=source.trust_remote_code
                 ).files()
-                config = files.small[CONFIG_NAME]
-                files = replace(files, small={**theirs.small, CONFIG_NAME: config})
+                ours = {name: files.small[name] for name in _OF_THE_MODEL & files.small.keys()}
+                files = replace(files, small={**theirs.small, **ours})
             held = parts[0].config.params_dtype
             files = replace(files, small=_with_dtype(files, source, held))
         save_megatron_checkpoint(

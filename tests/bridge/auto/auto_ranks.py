@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def save(_context: RankContext, hf: Path, settings: dict[str, Any], out: Path) -
     bridge, model = provided(hf, settings)
     bridge.save_hf_pretrained(model, out / "hf", show_progress=False)
     bridge.save_hf_weights(model, out / "weights")
+    bridge.save_hf_pretrained(model, out / "wide", weight_dtype=torch.float64)
     bridge.save_megatron_model(model, out / "megatron", low_memory_save=True)
     overrides = {name: one for name, one in settings.items() if name != "should_pad_vocab"}
     again = bridge.load_megatron_model(out / "megatron", mp_overrides=overrides)
@@ -89,7 +91,7 @@ def _named(model: list[Any]) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def refusals(_context: RankContext, hf: Path, other: Path, out: Path) -> dict[str, str]:
+def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path) -> dict[str, str]:
     """Errors that one rank alone sees, as every rank tells them."""
     settings = {"tensor_model_parallel_size": 2}
     bridge, model = provided(hf, settings)
@@ -105,6 +107,7 @@ def refusals(_context: RankContext, hf: Path, other: Path, out: Path) -> dict[st
     note("target", bridge.save_hf_pretrained, model, hf)
     note("megatron target", bridge.save_megatron_model, model, hf)
     note("other weights", bridge.load_hf_weights, model, other)
+    note("one more tensor", bridge.load_hf_weights, model, more)
     note("mismatches", bridge.load_hf_weights, model, None, ["decoder.*"])
     note("no source", AutoBridge.from_hf_config(bridge.hf_pretrained.config).load_hf_weights, model)
     if last:
@@ -156,7 +159,7 @@ def schedule(_context: RankContext, hf: Path, settings: dict[str, Any]) -> bool 
     return torch.equal(logits, expected.float())
 
 
-def replicas(context: RankContext, hf: Path, out: Path) -> dict[str, Any]:
+def replicas(context: RankContext, hf: Path, out: Path, tokenizer: Path) -> dict[str, Any]:
     """Two data parallel replicas: each streams, the first saves, and they train together."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
@@ -168,7 +171,7 @@ def replicas(context: RankContext, hf: Path, out: Path) -> dict[str, Any]:
     try:
         bridge, model = provided(hf, {})
         streams = [len(list(bridge.export_hf_weights(model, dst=dst))) for dst in (None, 0, 1)]
-        bridge.save_megatron_model(model, out)
+        bridge.save_megatron_model(model, out, hf_tokenizer_path=tokenizer)
         provider = bridge.to_megatron_provider()
         trained = provider.provide_distributed_model(
             ddp_config=DistributedDataParallelConfig(grad_reduce_in_fp32=True)
@@ -196,9 +199,10 @@ def replicas(context: RankContext, hf: Path, out: Path) -> dict[str, Any]:
         finalize_model_grads(trained)
         parts = bare_parts(model)
         loss_and_gradients(parts, bridge.spec, layout_of(parts, bridge.spec), INPUT_IDS)
+        pairs: Any = zip(_named(trained), _named(model), strict=True)
         worst = max(
             float((one.main_grad - other.grad).norm() / other.grad.norm())
-            for (_, one), (_, other) in zip(_named(trained), _named(model), strict=True)
+            for (_, one), (_, other) in pairs
         )
         return {"streams": streams, "gradients": worst}
     finally:
@@ -220,10 +224,14 @@ def built(_context: RankContext, hf: Path) -> dict[str, Any]:
     provider.recompute_method = "uniform"
     provider.recompute_num_layers = 1
     hooks: list[str] = []
-    provider.register_pre_wrap_hook(lambda model: hooks.append("second") or model)
-    provider.register_pre_wrap_hook(lambda _model: hooks.append("third"))
-    provider.register_pre_wrap_hook(lambda model: hooks.append("first") or model, prepend=True)
-    provider.register_post_wrap_hook(lambda _model: hooks.append("wrapped"))
+
+    def note(what: str) -> Any:
+        return lambda _model: hooks.append(what)
+
+    provider.register_pre_wrap_hook(note("second"))
+    provider.register_pre_wrap_hook(lambda model: [note("third")(model), model][1])
+    provider.register_pre_wrap_hook(note("first"), prepend=True)
+    provider.register_post_wrap_hook(note("wrapped"))
     (part,) = provider.provide_distributed_model(wrap_with_ddp=False)
     found: dict[str, Any] = {
         "config": {
@@ -245,15 +253,17 @@ def built(_context: RankContext, hf: Path) -> dict[str, Any]:
     }
     halves = bridge.to_megatron_provider()
     halves.tensor_model_parallel_size = 2
+    bare: dict[str, Any] = {"mixed_precision_wrapper": None}
     found["halves"] = [
         type(halves.provide_distributed_model(wrap_with_ddp=False, **arguments)[0]).__name__
-        for arguments in ({}, {"mixed_precision_wrapper": None})
+        for arguments in ({}, bare)
     ]
     found["provided"] = type(halves.provide(pre_process=True)).__name__
-    for what, function in {
+    refused: dict[str, Callable[[], Any]] = {
         "other groups": lambda: bridge.to_megatron_model(wrap_with_ddp=False),
         "post_process": lambda: halves.provide(post_process=False),
-    }.items():
+    }
+    for what, function in refused.items():
         try:
             function()
         except BridgeError as error:

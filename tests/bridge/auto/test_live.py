@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import filecmp
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+import bridge.decilm  # noqa: F401 - registers the model type
 from bridge.convert import export_checkpoint, import_checkpoint, read_spec
 from bridge.pipeline import plan_layout
 from harness.launcher import RankPool
@@ -123,6 +127,9 @@ def test_a_saved_model_is_its_source_again(
     weights = {path.name for path in (tmp_path / "weights").iterdir()}
     assert weights == {path.name for path in hf.glob("model*")}
     assert source_digests(hf) == source_digests(tmp_path / "weights")
+    assert source_digests(hf, torch.float64) == source_digests(tmp_path / "wide")
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype="auto")
+    assert wide.dtype == torch.float64
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     assert same_files(hf, tmp_path / "exported") == []
 
@@ -188,12 +195,14 @@ def test_replicas_stream_save_and_train(
     """Each replica has a stream of its own, one of them saves, and gradients are averaged."""
     hf = checkpoints["nano-4b"]
     layout = plan_layout(read_spec(hf), tensor_model_parallel_size=2)
-    first, second = pool.run(layout, ranks.replicas, hf, tmp_path / "megatron")
+    other = checkpoints["tied"]
+    first, second = pool.run(layout, ranks.replicas, hf, tmp_path / "megatron", other)
     everything = len(source_digests(hf))
     assert first["streams"] == [everything, everything, 0]
     assert second["streams"] == [everything, 0, everything]
     export_checkpoint(tmp_path / "megatron", tmp_path / "hf")
-    assert same_files(hf, tmp_path / "hf") == []
+    assert [name for name in same_files(hf, tmp_path / "hf") if "token" not in name] == []
+    assert [name for name in same_files(other, tmp_path / "hf") if "token" in name] == []
     # float32 rounds sums of another order; a gradient that is not averaged is off by its own size.
     assert max(first["gradients"], second["gradients"]) < 1e-4
 
@@ -203,14 +212,21 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
 ) -> None:
     """With the same words, none left waiting, and nothing left behind."""
     hf, other = checkpoints["nano-4b"], checkpoints["tied"]
+    more = tmp_path / "more"
+    shutil.copytree(hf, more)
+    save_file({"model.layers.0.extra.weight": torch.zeros(3)}, more / "extra.safetensors")
+    index = json.loads((more / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.layers.0.extra.weight"] = "extra.safetensors"
+    (more / "model.safetensors.index.json").write_text(json.dumps(index))
     before = sorted(path.name for path in hf.iterdir())
     layout = plan_layout(read_spec(hf), tensor_model_parallel_size=2)
-    first, last = pool.run(layout, ranks.refusals, hf, other, tmp_path)
+    first, last = pool.run(layout, ranks.refusals, hf, other, more, tmp_path / "out")
     assert first == last
     assert {what: error[:5] for what, error in first.items()} == {
         "target": "BR304",
         "megatron target": "BR304",
         "other weights": "BR104",
+        "one more tensor": "BR301",
         "mismatches": "BR001",
         "no source": "BR001",
         "adapter": "BR400",
@@ -219,7 +235,7 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
     }
     assert "decoder.layers.1.lora" in first["adapter"]
     assert before == sorted(path.name for path in hf.iterdir())
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["more"]
 
 
 def test_what_is_set_is_what_is_built(pool: RankPool, checkpoints: dict[str, Path]) -> None:
