@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bridge.auto.bridge import AutoBridge
     from bridge.conversion import ConversionOptions, ConversionReport
     from bridge.convert import export_checkpoint, import_checkpoint, read_spec
     from bridge.errors import BridgeError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AutoBridge": "bridge.auto.bridge",
     "BridgeError": "bridge.errors",
     "Continuation": "bridge.generation.decoding",
     "ConversionOptions": "bridge.conversion",
@@ -48,6 +50,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AutoBridge",
     "BridgeError",
     "Continuation",
     "ConversionOptions",

@@ -130,7 +130,7 @@ def import_(
     """
     from bridge.convert import import_checkpoint
     from bridge.crew.launch import crew_of
-    from bridge.hub import resolve_model
+    from bridge.hub import is_hub_id, resolve_model
 
     with crew_of(workers, (hf_model, megatron_path)) as crew:
         megatron = parse_location(megatron_path)
@@ -149,6 +149,7 @@ def import_(
                 overwrite=overwrite,
                 carry=carry,
                 staging=staging,
+                hf_model_id=hf_model if is_hub_id(hf_model) else None,
             ),
         )
     if crew.rank:

@@ -135,6 +135,7 @@ def conversion_options(
     overwrite: bool,
     carry: Collection[str] | None,
     staging: Path | None,
+    hf_model_id: str | None = None,
 ) -> ConversionOptions:
     """What `import` and `export` do alike."""
     from bridge.conversion import ConversionOptions
@@ -146,4 +147,5 @@ def conversion_options(
         carry=carry or (),
         progress=RichProgress(),
         staging=staging,
+        hf_model_id=hf_model_id,
     )

@@ -38,6 +38,7 @@ class ConversionOptions:
         progress: Who watches.
         staging: Where files are built before their upload, for a target behind a URL; None takes
             the system's temporary directory.
+        hf_model_id: Of an import: the source's id on the Hub, to be put on record.
     """
 
     limits: TransferLimits = field(default_factory=TransferLimits)
@@ -46,6 +47,7 @@ class ConversionOptions:
     carry: Collection[str] = ()
     progress: Progress = field(default_factory=Silent)
     staging: Path | None = None
+    hf_model_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

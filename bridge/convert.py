@@ -40,7 +40,7 @@ from bridge.storage.megatron import MegatronSource, check_stackable, layout_mega
 from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource
-from bridge.storage.safetensors_layout import layout_from_header, layout_shards
+from bridge.storage.safetensors_layout import layout_like
 from bridge.storage.source import FileLayout, TensorInfo
 from bridge.storage.target import (
     read_small_file,
@@ -119,6 +119,7 @@ def import_checkpoint(
             carried_fields=tuple(options.carry),
             headers={name: header.raw for name, header in source.headers.items()},
             index=read_small_file(hf / INDEX_NAME) if (hf / INDEX_NAME).is_file() else None,
+            hf_model_id=options.hf_model_id,
         )
         job = ConversionJob("hf_to_mcore", hf, megatron, plan, options, crew)
         names, left = side_files(hf)
@@ -317,11 +318,6 @@ def _hf_layouts(
     where: str,
 ) -> tuple[list[FileLayout], bytes | None]:
     """The source's own files where they are on record and still fit, else our own division."""
-    if record is not None:
-        headers = record.shard_headers(where)
-        recorded = {
-            name: stored.info for header in headers for name, stored in header.tensors.items()
-        }
-        if recorded == dict(tensors):
-            return [layout_from_header(header) for header in headers], record.index
-    return layout_shards(tensors, max_shard_size=max_shard_size)
+    headers = [] if record is None else record.shard_headers(where)
+    index = None if record is None else record.index
+    return layout_like(tensors, headers, index, max_shard_size=max_shard_size)

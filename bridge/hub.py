@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Final
@@ -43,7 +44,37 @@ _DOWNLOADS: Final = 8
 """Files fetched together."""
 
 
-def resolve_model(model: str, *, weights: bool, revision: str | None = None) -> Location:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubAccess:
+    """How the Hub is asked, in the words of huggingface_hub.
+
+    Args:
+        revision: Branch, tag or commit.
+        cache_dir: Where downloads are kept; None takes HF_HUB_CACHE's place.
+        token: For gated models; None takes the one of `hf auth login`.
+        local_files_only: Take what the cache holds, as HF_HUB_OFFLINE=1 does.
+        force_download: Fetch again what the cache holds.
+    """
+
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+    force_download: bool = False
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether this names a model on the Hub, and nothing that is here."""
+    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def resolve_model(
+    model: str,
+    *,
+    weights: bool,
+    revision: str | None = None,
+    access: HubAccess | None = None,
+) -> Location:
     """Turn `M` of the commands into a place to read, downloading from the Hub if it is an id.
 
     Args:
@@ -51,12 +82,15 @@ def resolve_model(model: str, *, weights: bool, revision: str | None = None) -> 
             local path wins. What a URL names is not downloaded: its tensors are read there.
         weights: Whether the safetensors files are needed; without them nothing big is downloaded.
         revision: Branch, tag or commit on the Hub.
+        access: Says that and more.
 
     Raises:
         CheckpointError: BR300, neither a path nor an id nor a URL of something, or the Hub does
             not give it.
         EnvironmentMissingError: BR500, the URL's protocol needs a package.
     """
+    access = access or HubAccess(revision=revision)
+    revision = access.revision
     if is_url(model):
         return _resolve_url(model, revision)
     path = Path(model)
@@ -73,7 +107,7 @@ def resolve_model(model: str, *, weights: bool, revision: str | None = None) -> 
             hint="give a checkpoint directory, a config.json, a URL, or a Hub id such as "
             "nvidia/Llama-3_3-Nemotron-Super-49B-v1",
         )
-    return _snapshot(model, weights=weights, revision=revision)
+    return _snapshot(model, access, weights=weights)
 
 
 def resolve_here(model: str, *, weights: bool, revision: str | None = None) -> Path:
@@ -88,9 +122,8 @@ def resolve_here(model: str, *, weights: bool, revision: str | None = None) -> P
     on_hub = _HUB_URL.fullmatch(model)
     if on_hub is not None and revision is None:
         found = on_hub["revision"]
-        return _snapshot(
-            on_hub["id"], weights=weights, revision=None if found is None else unquote(found)
-        )
+        access = HubAccess(revision=None if found is None else unquote(found))
+        return _snapshot(on_hub["id"], access, weights=weights)
     location = resolve_model(model, weights=weights, revision=revision)
     if isinstance(location, Path):
         return location
@@ -103,7 +136,12 @@ def _unneeded(*, weights: bool) -> tuple[str, ...]:
     return OTHER_WEIGHTS if weights else (*OTHER_WEIGHTS, *_WEIGHTS)
 
 
-def _snapshot(model: str, *, weights: bool, revision: str | None) -> Path:
+def commit_of(snapshot: Location) -> str | None:
+    """The commit of a directory in the Hub's cache, None of any other."""
+    return snapshot.name if snapshot.parent.name == "snapshots" else None
+
+
+def _snapshot(model: str, access: HubAccess, *, weights: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -115,7 +153,9 @@ def _snapshot(model: str, *, weights: bool, revision: str | None) -> Path:
         ) from None
     ignored = list(_unneeded(weights=weights))
     try:
-        return Path(snapshot_download(model, revision=revision, ignore_patterns=ignored))
+        # A download that was cut short goes on where it stopped, and what is there is not fetched.
+        found = snapshot_download(model, ignore_patterns=ignored, **asdict(access))
+        return Path(found)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"neither a path here nor a model that the Hub gives: {reason(error)}",

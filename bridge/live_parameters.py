@@ -118,7 +118,7 @@ def load_hf(
         CorruptFileError: BR302, a file ends early: the parameters are filled in part.
     """
     tp_rank, tp = _tp(layout)
-    pairs = _matched(model_parts, spec, layout)
+    pairs = matched(model_parts, spec, layout)
     fill(
         [(one.name, one.tensor, parameter.shard(tp_rank, tp)) for one, parameter in pairs],
         source,
@@ -144,7 +144,7 @@ def load_megatron(
     """
     tp_rank, tp = _tp(layout)
     wanted, shapes = [], {}
-    for one, parameter in _matched(model_parts, spec, layout):
+    for one, parameter in matched(model_parts, spec, layout):
         whole, shapes[one.name] = tiling_from_megatron(parameter, spec, source)
         boxes = parameter.shard_boxes(tp_rank, tp)
         wanted.append((one.name, one.tensor, whole.restrict(boxes, axis=parameter.tp_axis or 0)))
@@ -158,10 +158,14 @@ def _tp(layout: ParallelLayout) -> tuple[int, int]:
     return rank, layout.tensor_model_parallel_size
 
 
-def _matched(
+def matched(
     model_parts: Sequence[GPTModel], spec: ModelSpec, layout: ParallelLayout
 ) -> list[tuple[LocalParameter, Parameter]]:
-    """Pair live parameters with the table, one to one, shapes included, or say what is odd."""
+    """Pair live parameters with the table, one to one, shapes included, or say what is odd.
+
+    Raises:
+        PlanError: BR400, the live model and the table are not the same.
+    """
     from megatron.core import parallel_state
 
     table = parameters(

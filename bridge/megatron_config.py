@@ -71,6 +71,7 @@ def transformer_config(
     layers: Layers = "local",
     attention_backend: AttentionBackend = "auto",
     device: Literal["cpu", "cuda"] = "cpu",
+    further: Mapping[str, object] | None = None,
 ) -> TransformerConfig:
     """Build Megatron-Core's configuration of a model under a layout.
 
@@ -85,6 +86,8 @@ def transformer_config(
             the norm that Megatron's local one refuses to be there.
         attention_backend: Of Transformer Engine's layers.
         device: Where the weights will live.
+        further: Fields of Megatron-Core's configuration that do not change what the model is, by
+            their names; they win over what is set here.
 
     Returns:
         A `TransformerConfig`, or a `HeterogeneousTransformerConfig` exactly when the model has
@@ -142,6 +145,7 @@ def transformer_config(
         from megatron.core.transformer.enums import AttnBackend
 
         fields["attention_backend"] = AttnBackend[attention_backend]
+    fields |= further or {}
     if not spec.heterogeneous_block_specs:
         return TransformerConfig(**fields)
     return HeterogeneousTransformerConfig(

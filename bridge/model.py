@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +30,8 @@ def build_model(
     layers: Layers | Literal["auto"] = "auto",
     attention_backend: AttentionBackend = "auto",
     device: Literal["cpu", "cuda"] = "cpu",
+    further: Mapping[str, object] | None = None,
+    vp_stages: Sequence[int] | None = None,
 ) -> list[GPTModel]:
     """Build the calling rank's stages, weights uninitialised.
 
@@ -43,6 +45,8 @@ def build_model(
             installed and there is a GPU.
         attention_backend: Of Transformer Engine's layers; a process has one.
         device: Where the weights go.
+        further: As `transformer_config` takes it; `perform_initialization` draws random weights.
+        vp_stages: The virtual stages wanted; None is all.
 
     Returns:
         One model part per virtual stage, in `eval` mode, `parallel_output` on. RoPE's frequencies
@@ -57,10 +61,13 @@ def build_model(
 
     layout.validate_for(spec)
     refuse_broken_layout(spec, layout)
+    stages = layout.stages_of(parallel_state.get_pipeline_model_parallel_rank())
+    if vp_stages is not None:
+        stages = tuple(stages[vp_stage] for vp_stage in vp_stages)
     return _build_parts(
-        spec, layout, layout.stages_of(parallel_state.get_pipeline_model_parallel_rank()),
+        spec, layout, stages,
         params_dtype=params_dtype, layers=layers, attention_backend=attention_backend,
-        device=device,
+        device=device, further=further,
     )  # fmt: skip
 
 
@@ -120,11 +127,12 @@ def _build_parts(
     layers: Layers | Literal["auto"],
     attention_backend: AttentionBackend,
     device: Literal["cpu", "cuda"],
+    further: Mapping[str, object] | None = None,
 ) -> list[GPTModel]:
     chosen = choose_layers(layers, device)
     config = transformer_config(
         spec, layout, params_dtype=params_dtype, layers=chosen,
-        attention_backend=attention_backend, device=device,
+        attention_backend=attention_backend, device=device, further=further,
     )  # fmt: skip
     with attention_environment(chosen, attention_backend):
         return [_build_part(spec, layout, config, stage, chosen) for stage in stages]

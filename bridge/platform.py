@@ -158,6 +158,36 @@ def initialize(
             f"{world_size} ranks for layout {layout.name} of {layout.world_size}",
             hint=f"start a multiple of {layout.world_size} ranks",
         )
+    mine = join(
+        rank, world_size,
+        init_method=init_method, store=store, device=device, timeout=timeout,
+        local_rank=local_rank, local_world_size=local_world_size,
+    )  # fmt: skip
+    try:
+        form_groups(layout, distributed_timeout_minutes=timeout.total_seconds() / 60)
+        seed_everything(seed, device)
+    except BaseException:
+        finalize()
+        raise
+    return mine
+
+
+def join(
+    rank: int,
+    world_size: int,
+    *,
+    init_method: str | None = None,
+    store: Store | None = None,
+    device: Device = "cpu",
+    timeout: timedelta = _TIMEOUT,
+    local_rank: int | None = None,
+    local_world_size: int | None = None,
+) -> torch.device:
+    """Join `world_size` ranks, without Megatron-Core's groups; arguments are `initialize`'s.
+
+    Raises:
+        EnvironmentMissingError: BR500, see `prepare`.
+    """
     mine = prepare(device)
     backend = "gloo"
     if device == "cuda":
@@ -174,37 +204,38 @@ def initialize(
         store=store,
         timeout=timeout,
     )
-    try:
-        _form_groups(layout, timeout)
-        seed_everything(seed, device)
-    except BaseException:
-        finalize()
-        raise
     return mine
 
 
-def _form_groups(layout: ParallelLayout, timeout: timedelta) -> None:
+def form_groups(layout: ParallelLayout, **options: object) -> None:
+    """Form Megatron-Core's groups for a layout, in ranks that have joined.
+
+    Args:
+        layout: How the model is cut.
+        **options: Of `megatron.core.parallel_state.initialize_model_parallel`, sizes excepted.
+    """
     from megatron.core import parallel_state
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
-        distributed_timeout_minutes=timeout.total_seconds() / 60,
-        create_gloo_process_groups=False,
+        **{"create_gloo_process_groups": False, **options},
     )
 
 
-def seed_everything(seed: int = _SEED, device: Device = "cpu") -> None:
-    """Seed torch and put Megatron's RNG tracker in its inference form.
+def seed_everything(seed: int | None = _SEED, device: Device = "cpu") -> None:
+    """Seed torch, unless `seed` is None, and put Megatron's RNG tracker in its inference form.
 
     The ordinary tracker keeps CUDA generator states, which a CPU has none of; the inference one
     does nothing, and nothing here drops out or initialises.
     """
     from megatron.core.tensor_parallel import random
 
-    torch.manual_seed(seed)
     random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    if seed is None:
+        return
+    torch.manual_seed(seed)
     if device == "cuda":
         random.model_parallel_cuda_manual_seed(seed, inference_rng_tracker=True)
 

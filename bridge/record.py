@@ -44,6 +44,8 @@ class SourceRecord:
     """The raw `model.safetensors.index.json`, if the source had one."""
     tensor_sha256: Mapping[str, str] = field(default_factory=dict)
     side_file_sha256: Mapping[str, str] = field(default_factory=dict)
+    hf_model_id: str | None = None
+    """The source's id, where it came from the Hub; a path here would say nothing elsewhere."""
 
     def to_json(self) -> bytes:
         """Serialise."""
@@ -58,6 +60,8 @@ class SourceRecord:
             "tensor_sha256": dict(self.tensor_sha256),
             "side_file_sha256": dict(self.side_file_sha256),
         }
+        if self.hf_model_id is not None:
+            record["hf_model_id"] = self.hf_model_id
         return json.dumps(record, indent=1).encode() + b"\n"
 
     def shard_headers(self, where: str) -> list[ShardHeader]:
@@ -121,6 +125,7 @@ def _parse(found: Mapping[str, Any]) -> SourceRecord:
         index=None if found["index"] is None else base64.b64decode(found["index"]),
         tensor_sha256=dict(found["tensor_sha256"]),
         side_file_sha256=dict(found["side_file_sha256"]),
+        hf_model_id=None if found.get("hf_model_id") is None else str(found["hf_model_id"]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from bridge.storage.safetensors import SINGLE_NAME, ShardHeader, parse_header
@@ -15,6 +15,30 @@ _WRITE_ORDER: Final = (
     "I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )  # fmt: skip
 """Dtypes as the reference implementation orders them in a file: widest first."""
+
+
+def layout_like(
+    tensors: Mapping[str, TensorInfo],
+    headers: Sequence[ShardHeader],
+    index: bytes | None,
+    *,
+    max_shard_size: int,
+) -> tuple[list[FileLayout], bytes | None]:
+    """Files cut as these headers say where they describe just these tensors, else our own way.
+
+    Args:
+        tensors: As `layout_shards` takes them.
+        headers: Of the files of another checkpoint; none where they are not known.
+        index: That checkpoint's index, if it has one.
+        max_shard_size: For files of our own, in bytes.
+
+    Returns:
+        The files, and the bytes of their index if there is one.
+    """
+    theirs = {name: stored.info for header in headers for name, stored in header.tensors.items()}
+    if theirs == dict(tensors):
+        return [layout_from_header(header) for header in headers], index
+    return layout_shards(tensors, max_shard_size=max_shard_size)
 
 
 def layout_shards(

@@ -185,8 +185,8 @@ def test_a_model_of_the_hub_that_needs_files_goes_to_the_hub_s_cache(
     """As its id does, with the revision in the URL."""
     asked: list[tuple[str, object]] = []
 
-    def snapshot_download(model: str, *, revision: str | None, ignore_patterns: object) -> str:
-        del ignore_patterns
+    def snapshot_download(model: str, *, revision: str | None, **options: object) -> str:
+        del options
         asked.append((model, revision))
         return str(tmp_path)
 

@@ -1,0 +1,134 @@
+"""Checkpoints of `AutoBridge`, file to file, and Megatron's loaded into live models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml  # type: ignore[import-untyped]  # huggingface_hub brings it, its types it does not
+
+from bridge.agreement import check_agreement
+from bridge.auto.groups import crew_here
+from bridge.auto.source import small_files
+from bridge.auto.weights import progress_here
+from bridge.conversion import ConversionOptions
+from bridge.convert import export_checkpoint, import_checkpoint
+from bridge.crew.live import LiveCrew, together
+from bridge.errors import CorruptFileError, UsageError
+from bridge.live_parameters import load_megatron
+from bridge.plan import Plan, account_for
+from bridge.record import read_record, sha256_of
+from bridge.spec import ModelSpec, ParallelLayout
+from bridge.storage.megatron import MegatronSource
+from bridge.storage.remote import Location, parse_location
+from bridge.storage.target import read_small_file
+from bridge.storage.torch_dist_iteration import open_checkpoint
+
+if TYPE_CHECKING:
+    from bridge.auto.base import ModelBridge
+
+
+def import_(
+    bridge: ModelBridge, megatron_path: str | Path, *, show_progress: bool, overwrite: bool
+) -> None:
+    """Convert; see `AutoBridge.import_ckpt`."""
+    source = bridge.hf_pretrained
+    if bridge.spec.params_dtype != source.spec().params_dtype:
+        raise UsageError(
+            f"an import changes no dtype, and {bridge.spec.params_dtype} is asked for",
+            where=f"{source.where}: {source.spec().params_dtype}",
+            hint="load the checkpoint at the dtype you want: a provider's params_dtype",
+        )
+    crew = crew_here()
+    options = ConversionOptions(
+        progress=progress_here(show=show_progress), overwrite=overwrite, hf_model_id=source.hub_id
+    )
+    target = parse_location(str(megatron_path))
+    if isinstance(crew, LiveCrew):
+        with together(crew):
+            hf = source.location(weights=True)
+            import_checkpoint(hf, target, options=options, crew=crew)
+    else:
+        import_checkpoint(source.location(weights=True), target, options=options, crew=crew)
+
+
+def export(
+    bridge: ModelBridge,
+    megatron_path: str | Path,
+    hf_path: str | Path,
+    *,
+    source_path: str | Path | None,
+    show_progress: bool,
+    overwrite: bool,
+) -> None:
+    """Convert back; see `AutoBridge.export_ckpt`."""
+    crew = crew_here()
+    options = ConversionOptions(progress=progress_here(show=show_progress), overwrite=overwrite)
+    megatron, target = parse_location(str(megatron_path)), parse_location(str(hf_path))
+    with bridge.hf_pretrained.as_directory(source_path) as side:
+        # What the checkpoint keeps of its source says more: how the weights were cut into files.
+        hf_model = None if source_path is None and _keeps(megatron, side) else side
+        if isinstance(crew, LiveCrew):
+            with together(crew):
+                export_checkpoint(megatron, target, hf_model=hf_model, options=options, crew=crew)
+        else:
+            export_checkpoint(megatron, target, hf_model=hf_model, options=options, crew=crew)
+
+
+def _keeps(megatron: Location, side: Location) -> bool:
+    """Whether a checkpoint was imported from a directory with just these side files."""
+    directory, _ = open_checkpoint(megatron.absolute())
+    record = read_record(directory.parent)
+    if record is None:
+        return False
+    small = small_files(side)
+    return record.side_file_sha256 == {name: sha256_of(data) for name, data in small.items()}
+
+
+def load(parts: list[Any], spec: ModelSpec, layout: ParallelLayout, path: str | Path) -> None:
+    """Fill bare model parts from a Megatron checkpoint. All ranks call, or all fail.
+
+    Raises:
+        CheckpointError: BR300, no checkpoint there.
+        InconsistentConfigError: BR104, it is of another model.
+        AccountingError: BR301, parameters missing, unexpected or of another shape.
+    """
+    with together(LiveCrew()) as crew:
+        with MegatronSource(parse_location(str(path))) as source:
+            check_agreement(source, spec, where="the bridge's configuration")
+            plan = Plan.of_checkpoint(spec, source.tensors)
+            account_for(plan.mcore_shapes, source.tensors, where=str(path))
+            load_megatron(parts, spec, layout, source)
+        crew.gather(None)
+
+
+def groups_formed() -> dict[str, Any]:
+    """The provider's sizes as Megatron-Core's groups have them; empty where there are none."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        return {}
+    return {
+        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline_model_parallel_size": (
+            parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        ),
+    }
+
+
+def hf_model_id_of(path: str | Path) -> str | None:
+    """The Hub id on record; see `AutoBridge.get_hf_model_id_from_checkpoint`."""
+    directory, _ = open_checkpoint(parse_location(str(path)).absolute())
+    record = read_record(directory.parent)
+    if record is not None and record.hf_model_id is not None:
+        return record.hf_model_id
+    theirs = directory / "run_config.yaml"
+    if not theirs.is_file():
+        return None
+    try:
+        model = yaml.safe_load(read_small_file(theirs)).get("model", {})
+    except (yaml.YAMLError, AttributeError) as error:
+        raise CorruptFileError(f"not a run's configuration: {error}", where=str(theirs)) from None
+    found = model.get("hf_model_id") if isinstance(model, dict) else None
+    return None if found is None else str(found)
