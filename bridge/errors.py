@@ -123,6 +123,12 @@ class PipelineParallelError(LayoutError):
     code = "BR202"
 
 
+class NoLayoutFitsError(LayoutError):
+    """Every way of cutting this model leaves some rank with more than its memory."""
+
+    code = "BR203"
+
+
 class CheckpointError(BridgeError):
     """A checkpoint directory that is not what it should be."""
 
