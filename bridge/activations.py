@@ -1,16 +1,16 @@
-"""How many bytes of activations a rank holds: an estimate, by counting what the backward pass reads.
+"""Bytes of activations that a rank holds: an estimate, by counting what a backward pass reads.
 
 The method is that of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
 Transformer Models", section 4: list the tensors that each operation keeps, add up their bytes.
 Their list is for GeLU, dropout and as many key heads as query heads; these are the tensors of this
 family's blocks, with tokens s b, TP size t, and e bytes per element:
 
-    before each sub-block      residual and its normalized form, 2 s b h e; 4 s b for the norm's scale
-    attention                  q and what comes out, 2 s b a d e / t; k and v, 2 s b g d e / t;
-                               4 s b a / t for the softmax's normalizers
-    SwiGLU                     gate, up, and their product: 3 s b f e / t
-    linear, no-op              nothing of their own
-    loss                       float32 probabilities, 4 s b v / t, and 9 s b of targets
+    before each sub-block  residual and its normalized form, 2 s b h e; the norm's scale, 4 s b
+    attention              q and what comes out, 2 s b a d e / t; k and v, 2 s b g d e / t;
+                           the softmax's normalizers, 4 s b a / t
+    SwiGLU                 gate, up, and their product, 3 s b f e / t
+    linear, no-op          nothing of their own
+    loss                   float32 probabilities, 4 s b v / t; targets, 9 s b
 
 Under sequence parallelism the first row is divided by t. Left out: everything short-lived (the
 gradients of activations, communication buffers, workspaces), dropout, which this family has none
@@ -37,7 +37,7 @@ from bridge.workload import Workload
 
 _FLOAT32: Final = 4
 _TARGETS: Final = 9
-"""Of each token, an int64 index and a bool. Source: megatron-core 0.16.1 _VocabParallelCrossEntropy."""
+"""Of each token an int64 index and a bool: megatron-core 0.16.1 `_VocabParallelCrossEntropy`."""
 
 
 def saved_by_block(

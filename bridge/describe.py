@@ -152,7 +152,7 @@ def stage_parameters(spec: ModelSpec, layout: ParallelLayout, stage: Stage) -> I
 
 
 def rank_num_parameters(spec: ModelSpec, layout: ParallelLayout, stage: Stage) -> int:
-    """Number of parameters of one model part on each of its TP ranks, padding and copies included."""
+    """Parameters of one model part on each of its TP ranks, padding and copies included."""
     sizes = _rank_sizes(spec, _padded(spec, layout), layout.tensor_model_parallel_size)
     return sum(sizes[parameter.name] for parameter in stage_parameters(spec, layout, stage))
 

@@ -7,7 +7,7 @@ parallelism takes the rest. Pipeline stages are those of `bridge.pipeline`, bala
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -17,7 +17,7 @@ from bridge.memory import RankMemory, rank_memory
 from bridge.parameters import block_num_parameters, num_parameters
 from bridge.pipeline import plan_layout, refuse_broken_layout
 from bridge.spec import ModelSpec, ParallelLayout, tensor_parallel_problems
-from bridge.workload import MAIN_GRADIENT, Workload
+from bridge.workload import MAIN_GRADIENT, OPTIMIZER, Workload
 
 _GIB: Final = 1 << 30
 
@@ -92,132 +92,134 @@ class Suggestion:
         return self.layout.world_size, pp, self.imbalance
 
 
-def suggest_layouts(spec: ModelSpec, work: Workload, machine: Machine) -> list[Suggestion]:
+def suggest_layouts(
+    spec: ModelSpec, work: Workload, machine: Machine, *, make_vocab_size_divisible_by: int = 128
+) -> list[Suggestion]:
     """Find every layout that fits, the best first.
 
     The best has the fewest ranks per replica: what they say to one another is the price of cutting
     a model, and what they leave over runs more replicas. Of as many ranks it has the fewest
     pipeline stages, so TP first, up to a node (Narayanan et al. 2021, "Efficient Large-Scale
-    Language Model Training on GPU Clusters", takeaway 1), then the most even stages.
+    Language Model Training on GPU Clusters", takeaway 1), then the most even stages. Training is
+    sequence parallel wherever there is TP and Megatron can run the model so.
 
     Args:
         spec: The model.
         work: What is done with it; its `data_parallel_size` is not looked at.
         machine: Where.
+        make_vocab_size_divisible_by: The vocabulary is padded to a multiple of this times TP.
 
     Raises:
         NoLayoutFitsError: BR203, with the smallest number of GPUs and the smallest memory that do.
     """
-    tried = list(_candidates(spec, work, machine))
+    search = _Search(spec=spec, work=work, machine=machine, divisor=make_vocab_size_divisible_by)
+    tried = list(search.candidates())
     fits = [one for one in tried if one.fullest.total <= machine.usable]
-    if not fits:
-        raise _nothing_fits(spec, work, machine, tried)
-    return sorted(fits, key=lambda one: one.order)
-
-
-def _candidates(spec: ModelSpec, work: Workload, machine: Machine) -> Iterator[Suggestion]:
-    for tp in _tensor_sizes(spec, machine):
-        if machine.num_gpus % tp:
-            continue
-        left = machine.num_gpus // tp
-        for pp in range(1, min(left, spec.num_layers) + 1):
-            if left % pp == 0:
-                yield _suggestion(spec, work, tp=tp, pp=pp, dp=left // pp)
-
-
-def _tensor_sizes(spec: ModelSpec, machine: Machine) -> list[int]:
-    """TP sizes that divide the model and a node, so that no TP group straddles two."""
-    return [
-        tp
-        for tp in range(1, machine.gpus_per_node + 1)
-        if machine.gpus_per_node % tp == 0 and not tensor_parallel_problems(spec, tp)
+    if fits:
+        return sorted(fits, key=lambda one: one.order)
+    best = min(tried, key=lambda one: one.fullest.total)
+    memory = math.ceil(best.fullest.total / machine.memory_fraction / _GIB)
+    ways = [f"--memory {memory}GiB ({best.layout.name})"]
+    more = search.fewest_gpus()
+    if more is not None:
+        replicas = more.work.data_parallel_size
+        ways.append(f"--gpus {more.num_gpus} ({more.layout.name}, data parallel {replicas})")
+    each = f"{machine.num_gpus} GPU{'s' if machine.num_gpus > 1 else ''} of {_gib(machine.memory)}"
+    where = [
+        f"least is needed by {best.layout.name}: {_gib(best.fullest.total)} on each rank of "
+        f"pipeline rank {best.fullest.pp_rank}"
     ]
+    where.append(f"{_gib(machine.usable)} of each GPU may be filled, {machine.memory_fraction:.0%}")
+    if more is None:
+        where.append("no number of such GPUs is enough: some block needs more by itself")
+    raise NoLayoutFitsError(
+        f"no layout of this model for {work.purpose} fits {each}",
+        where=where,
+        hint=f"the least that would do is {', or '.join(ways)}",
+    )
 
 
-def _suggestion(spec: ModelSpec, work: Workload, *, tp: int, pp: int, dp: int) -> Suggestion:
-    layout = plan_layout(spec, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    if work.purpose == "training" and tp > 1:
-        layout = _with_sequence_parallelism(spec, layout)
-    work = replace(work, data_parallel_size=dp)
-    return Suggestion(layout=layout, work=work, ranks=rank_memory(spec, layout, work))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Search:
+    spec: ModelSpec
+    work: Workload
+    machine: Machine
+    divisor: int
+
+    def candidates(self) -> Iterator[Suggestion]:
+        """Every layout that uses all GPUs."""
+        for tp in self._tensor_sizes():
+            if self.machine.num_gpus % tp:
+                continue
+            left = self.machine.num_gpus // tp
+            for pp in range(1, min(left, self.spec.num_layers) + 1):
+                if left % pp == 0:
+                    yield self._suggestion(tp, pp, left // pp)
+
+    def fewest_gpus(self) -> Suggestion | None:
+        """The layout for the smallest number of GPUs of this memory; None where none is enough.
+
+        More replicas help as well as more stages where they share the optimizer's state.
+        """
+        best: Suggestion | None = None
+        spec, per_parameter = self.spec, dtype_named(self.work.params_dtype).itemsize
+        if self.work.purpose == "training":
+            per_parameter += MAIN_GRADIENT[self.work.params_dtype]
+        largest = max(block_num_parameters(spec, layer_idx) for layer_idx in range(spec.num_layers))
+        for tp in reversed(self._tensor_sizes()):
+            room = self.machine.usable * tp / per_parameter
+            if largest > room:
+                continue
+            for pp in range(math.ceil(num_parameters(spec) / room), spec.num_layers + 1):
+                if best is not None and tp * pp >= best.num_gpus:
+                    break
+                dp = self._fewest_replicas(self._suggestion(tp, pp, 1))
+                if dp is not None and (best is None or tp * pp * dp < best.num_gpus):
+                    best = self._suggestion(tp, pp, dp)
+        return best
+
+    def _tensor_sizes(self) -> list[int]:
+        """TP sizes that divide the model and a node, so that no TP group straddles two."""
+        node = self.machine.gpus_per_node
+        return [
+            tp
+            for tp in range(1, node + 1)
+            if node % tp == 0 and not tensor_parallel_problems(self.spec, tp)
+        ]
+
+    def _suggestion(self, tp: int, pp: int, dp: int) -> Suggestion:
+        layout = plan_layout(
+            self.spec,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            make_vocab_size_divisible_by=self.divisor,
+        )
+        if self.work.purpose == "training" and tp > 1:
+            layout = _with_sequence_parallelism(self.spec, layout)
+        work = replace(self.work, data_parallel_size=dp)
+        return Suggestion(layout=layout, work=work, ranks=rank_memory(self.spec, layout, work))
+
+    def _fewest_replicas(self, one: Suggestion) -> int | None:
+        """How many must share the optimizer's state for each rank to fit; None if none do."""
+        needed = 1
+        for rank in one.ranks:
+            room = self.machine.usable - (rank.total - rank.optimizer)
+            if rank.optimizer <= room:
+                continue
+            parameters = room // OPTIMIZER[one.work.params_dtype]
+            if parameters < 1 or not one.work.distributed_optimizer:
+                return None
+            needed = max(needed, -(-rank.num_parameters // parameters))
+        return needed
 
 
 def _with_sequence_parallelism(spec: ModelSpec, layout: ParallelLayout) -> ParallelLayout:
-    """Divide what lies outside the TP regions too, unless Megatron cannot run this model so."""
     divided = replace(layout, sequence_parallel=True)
     try:
         refuse_broken_layout(spec, divided)
     except LayoutError:
         return layout
     return divided
-
-
-def _nothing_fits(
-    spec: ModelSpec, work: Workload, machine: Machine, tried: Sequence[Suggestion]
-) -> NoLayoutFitsError:
-    fraction = f"{machine.memory_fraction:.0%} of {_gib(machine.memory)}"
-    best = min(tried, key=lambda one: one.fullest.total, default=None)
-    ways = []
-    if best is None:
-        where = f"no TP and PP of this model multiply to a divisor of {machine.num_gpus}"
-    else:
-        where = (
-            f"{best.layout.name} needs least, {_gib(best.fullest.total)} on pipeline rank "
-            f"{best.fullest.pp_rank}; {_gib(machine.usable)} are to be filled, {fraction}"
-        )
-        memory = math.ceil(best.fullest.total / machine.memory_fraction / _GIB)
-        ways.append(f"--memory {memory}GiB ({best.layout.name})")
-    more = _fewest_gpus(spec, work, machine)
-    if more is not None:
-        ways.append(
-            f"--gpus {more.num_gpus} ({more.layout.name}, replicas: {more.work.data_parallel_size})"
-        )
-    else:
-        where += "; no number of such GPUs is enough, a single stage of one block does not fit"
-    return NoLayoutFitsError(
-        f"no layout for {work.purpose} fits {machine.num_gpus} GPUs of {_gib(machine.memory)}",
-        where=where,
-        hint=f"the least that would do: {', or '.join(ways)}",
-    )
-
-
-def _fewest_gpus(spec: ModelSpec, work: Workload, machine: Machine) -> Suggestion | None:
-    """The layout for the smallest number of GPUs of this memory; None where none is enough.
-
-    More replicas help as well as more stages where they share the optimizer's state.
-    """
-    best: Suggestion | None = None
-    per_parameter = dtype_named(work.params_dtype).itemsize
-    if work.purpose == "training":
-        per_parameter += MAIN_GRADIENT[work.params_dtype]
-    largest = max(block_num_parameters(spec, layer_idx) for layer_idx in range(spec.num_layers))
-    for tp in reversed(_tensor_sizes(spec, machine)):
-        room = machine.usable * tp / per_parameter
-        if largest > room:
-            continue
-        for pp in range(math.ceil(num_parameters(spec) / room), spec.num_layers + 1):
-            if best is not None and tp * pp >= best.num_gpus:
-                break
-            dp = _fewest_replicas(_suggestion(spec, work, tp=tp, pp=pp, dp=1), machine)
-            if dp is not None and (best is None or tp * pp * dp < best.num_gpus):
-                best = _suggestion(spec, work, tp=tp, pp=pp, dp=dp)
-    return best
-
-
-def _fewest_replicas(one: Suggestion, machine: Machine) -> int | None:
-    """How many replicas must share the optimizer's state for each rank to fit; None if none do."""
-    needed = 1
-    for rank in one.ranks:
-        room = machine.usable - (rank.total - rank.optimizer)
-        if rank.optimizer <= room:
-            continue
-        if not one.work.distributed_optimizer:
-            return None
-        size = rank.optimizer // rank.num_parameters
-        if room < size:
-            return None
-        needed = max(needed, -(-rank.num_parameters // (room // size)))
-    return needed
 
 
 def _gib(nbytes: float) -> str:

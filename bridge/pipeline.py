@@ -252,7 +252,7 @@ def _largest_stage(weights: Sequence[int], num_stages: int) -> int:
         return stages <= num_stages
 
     sizes = range(max(weights), sum(weights))
-    return sizes.start + bisect_left(sizes, True, key=fits)
+    return sizes.start + bisect_left(sizes, x=True, key=fits)
 
 
 def _even_out_ranks(weights: Sequence[int], stages: tuple[int, ...], *, pp: int) -> tuple[int, ...]:

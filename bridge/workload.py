@@ -34,7 +34,7 @@ class Workload:
             Megatron-Core's local ones as `bridge.model` builds them, without any fusion.
 
     Raises:
-        UsageError: BR001, a size below one, or a dtype that no rank trains in.
+        UsageError: BR001, a size below one, or a dtype that Megatron-LM does not train in.
     """
 
     purpose: Purpose = "inference"
@@ -56,9 +56,9 @@ class Workload:
         wrong = [f"{name}={size}" for name, size in sizes.items() if size < 1]
         if wrong:
             raise UsageError("sizes of a workload must be positive", where=wrong)
-        if self.params_dtype not in MAIN_GRADIENT:
+        if self.purpose == "training" and self.params_dtype not in MAIN_GRADIENT:
             raise UsageError(
-                f"no memory estimate for weights of {self.params_dtype}",
+                f"no memory estimate for training weights of {self.params_dtype}",
                 hint=f"choose the dtype from {', '.join(MAIN_GRADIENT)}",
             )
 
