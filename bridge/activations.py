@@ -35,6 +35,7 @@ from bridge.spec import (
 )
 from bridge.workload import Workload
 
+_NOTHING: Final = BlockSpec(attention=NoOp(), ffn=NoOp())
 _FLOAT32: Final = 4
 _TARGETS: Final = 9
 """Of each token an int64 index and a bool: megatron-core 0.16.1 `_VocabParallelCrossEntropy`."""
@@ -64,6 +65,26 @@ def saved_by_block(
     return found
 
 
+def saved_by_stage(spec: ModelSpec, layout: ParallelLayout, work: Workload, stage: Stage) -> int:
+    """Bytes that one rank keeps of a model part for the backward pass of one micro batch."""
+    blocks = [spec.blocks[layer_idx] for layer_idx in stage.layers]
+    if work.recompute == "full":
+        found = sum(block != _NOTHING for block in blocks) * _hidden(spec, layout, work)
+    else:
+        found = sum(saved_by_block(spec, layout, work, block) for block in blocks)
+    if stage.pre_process:
+        found += 8 * work.tokens  # token ids
+    if stage.post_process:
+        rows = spec.padded_vocab_size(
+            layout.tensor_model_parallel_size,
+            make_vocab_size_divisible_by=layout.make_vocab_size_divisible_by,
+        )
+        found += _norm(spec, layout, work) + work.tokens * (
+            _FLOAT32 * rows // layout.tensor_model_parallel_size + _TARGETS
+        )
+    return found
+
+
 def training_activations(
     spec: ModelSpec, layout: ParallelLayout, work: Workload, stages: Sequence[Stage]
 ) -> int:
@@ -72,7 +93,7 @@ def training_activations(
     Counts the micro batches that 1F1B, interleaved or not, has in flight; there are at least
     2 x PP micro batches in a step.
     """
-    parts = [_saved_by_stage(spec, layout, work, stage) for stage in stages]
+    parts = [saved_by_stage(spec, layout, work, stage) for stage in stages]
     blocks = {spec.blocks[layer_idx] for stage in stages for layer_idx in stage.layers}
     again = max((saved_by_block(spec, layout, work, one) for one in blocks), default=0)
     pp = layout.pipeline_model_parallel_size
@@ -144,28 +165,6 @@ def groups_per_rank(num_query_groups: int, tp: int) -> int:
     return max(1, num_query_groups // tp)
 
 
-def _saved_by_stage(spec: ModelSpec, layout: ParallelLayout, work: Workload, stage: Stage) -> int:
-    blocks = [spec.blocks[layer_idx] for layer_idx in stage.layers]
-    if work.recompute == "full":
-        found = sum(block != _NOTHING for block in blocks) * _hidden(spec, layout, work)
-    else:
-        found = sum(saved_by_block(spec, layout, work, block) for block in blocks)
-    if stage.pre_process:
-        found += 8 * work.tokens  # token ids
-    if stage.post_process:
-        rows = spec.padded_vocab_size(
-            layout.tensor_model_parallel_size,
-            make_vocab_size_divisible_by=layout.make_vocab_size_divisible_by,
-        )
-        found += _norm(spec, layout, work) + work.tokens * (
-            _FLOAT32 * rows // layout.tensor_model_parallel_size + _TARGETS
-        )
-    return found
-
-
-_NOTHING: Final = BlockSpec(attention=NoOp(), ffn=NoOp())
-
-
 def _size(work: Workload) -> int:
     return dtype_named(work.params_dtype).itemsize
 
@@ -195,11 +194,13 @@ def _attention(spec: ModelSpec, layout: ParallelLayout, work: Workload, groups: 
     if work.layers == "te":
         kept = 2 * (heads + groups_per_rank(groups, tp)) * spec.kv_channels * size
         return work.tokens * (kept + _FLOAT32 * heads)
-    # Keys and values repeated for every head; the softmax in float32, and again as it is used;
-    # four tables of RoPE.
+    # Keys and values repeated for every head, but where each head has its own: values are then a
+    # view into all that linear_qkv gave. The softmax in float32, and again as it is used; four
+    # tables of RoPE.
+    copies = 6 if groups == spec.num_attention_heads else 4
     scores = _FLOAT32 + (size if size < _FLOAT32 else 0)
     return (
-        work.tokens * 4 * heads * spec.kv_channels * size
+        work.tokens * copies * heads * spec.kv_channels * size
         + work.tokens * work.sequence_length * heads * scores
         + 4 * work.sequence_length * spec.kv_channels * size
     )

@@ -125,10 +125,8 @@ def suggest_layouts(
         replicas = more.work.data_parallel_size
         ways.append(f"--gpus {more.num_gpus} ({more.layout.name}, data parallel {replicas})")
     each = f"{machine.num_gpus} GPU{'s' if machine.num_gpus > 1 else ''} of {_gib(machine.memory)}"
-    where = [
-        f"least is needed by {best.layout.name}: {_gib(best.fullest.total)} on each rank of "
-        f"pipeline rank {best.fullest.pp_rank}"
-    ]
+    need, rank = _gib(best.fullest.total), best.fullest.pp_rank
+    where = [f"{best.layout.name} needs least, {need} on each rank of pipeline rank {rank}"]
     where.append(f"{_gib(machine.usable)} of each GPU may be filled, {machine.memory_fraction:.0%}")
     if more is None:
         where.append("no number of such GPUs is enough: some block needs more by itself")

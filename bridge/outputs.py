@@ -28,22 +28,16 @@ def check_output(path: Path) -> None:
     )
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all; one that is there is replaced.
-
-    Raises:
-        CheckpointError: BR300, it cannot be written.
-    """
-    check_output(path)
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader, or a killed run, never meets half of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            partial = Path(file.name)
-            try:
-                file.write(content)
-                file.close()
-                partial.chmod(0o644)  # a temporary file is the writer's alone
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write the output: {error}", where=str(path)) from None
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)  # mkstemp lets nobody else read it; a report is for others
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

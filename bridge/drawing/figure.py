@@ -158,7 +158,7 @@ def billions(count: int) -> str:
 def _head(found: Architecture) -> Iterator[Shape]:
     yield Words(x=_LEFT, y=30, text=found.name, style="ink", size=17, bold=True)
     count = f"{found.num_parameters:,} parameters in {len(found.blocks)} blocks; {found.facts}"
-    yield Words(x=_LEFT, y=50, text=count, size=12)
+    yield Words(x=_LEFT, y=50, text=count)
     place = float(_LEFT)
     for style, words in _legend(found):
         yield Box(x=place, y=64, width=11, height=11, style=style)

@@ -8,8 +8,8 @@ from bridge.drawing.architecture import Architecture
 from bridge.drawing.figure import figure
 from bridge.drawing.png import check_pillow, png
 from bridge.drawing.svg import svg
-from bridge.errors import UsageError
-from bridge.outputs import check_output, write_whole
+from bridge.errors import CheckpointError, UsageError
+from bridge.outputs import check_output, write_atomically
 
 
 def check_picture(path: Path) -> None:
@@ -30,6 +30,14 @@ def check_picture(path: Path) -> None:
 
 
 def write_picture(found: Architecture, path: Path) -> None:
-    """Draw a model into a file that has passed `check_picture`; one that is there is replaced."""
+    """Draw a model into a file that has passed `check_picture`; one that is there is replaced.
+
+    Raises:
+        CheckpointError: BR300, the disk is full, say.
+    """
     drawn = figure(found)
-    write_whole(path, png(drawn) if path.suffix.lower() == ".png" else svg(drawn).encode())
+    content = png(drawn) if path.suffix.lower() == ".png" else svg(drawn)
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the picture: {error}", where=str(path)) from None

@@ -11,19 +11,20 @@ from bridge.drawing.figure import WIDTH, Band, Box, Figure, Shape, Words
 from bridge.drawing.palette import DARK, LIGHT
 
 _CLASS = "architecture"
-"""Of the figure: a page's own rules for figures leave it alone, and its rules the page."""
+"""Of the figure: a page's own rules for figures leave it alone, and its own leave the page."""
 _STYLE = (
     "@media (prefers-color-scheme: dark) { "
-    + " ".join(f".{_CLASS} .{name} {{ fill: {colour}; }}" for name, colour in DARK.items())
+    + " ".join(f".{_CLASS} .of-{name} {{ fill: {colour}; }}" for name, colour in DARK.items())
     + " }"
 )
 
 
-def svg(figure: Figure) -> str:
-    """The text of an SVG document."""
+def svg(figure: Figure, *, inline: bool = False) -> str:
+    """The text of an SVG document, or of an element of an HTML page, which needs no namespace."""
+    namespace = "" if inline else 'xmlns="http://www.w3.org/2000/svg" '
     shapes = "\n".join(_shape(shape) for shape in figure.shapes)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="{_CLASS}" '
+        f'<svg {namespace}class="{_CLASS}" '
         f'viewBox="0 0 {WIDTH} {figure.height:g}" role="img" '
         f"aria-label={quoteattr(figure.title)} "
         'font-family="system-ui, -apple-system, Segoe UI, DejaVu Sans, sans-serif">\n'
@@ -32,7 +33,7 @@ def svg(figure: Figure) -> str:
 
 
 def _shape(shape: Shape) -> str:
-    fill = f'class="{shape.style}" fill="{LIGHT[shape.style]}"'
+    fill = f'class="of-{shape.style}" fill="{LIGHT[shape.style]}"'
     match shape:
         case Box(title=title):
             place = f'x="{shape.x:.4g}" y="{shape.y:.4g}" width="{shape.width:.4g}"'

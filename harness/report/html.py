@@ -116,7 +116,7 @@ def _pictures(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Markup]:
         if "architecture" in one
     }
     return {
-        name: Markup(svg(figure(Architecture.from_data(one, name=name))))  # noqa: S704 - escaped
+        name: Markup(svg(figure(Architecture.from_data(one, name=name)), inline=True))  # noqa: S704 - escaped
         for name, one in found.items()
     }
 
