@@ -142,6 +142,43 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into out/docs; a warning fails."""
+    python = environment(session)
+    session.run(
+        *(python, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet"),
+        *("--builder", "html", "docs", "out/docs"),
+    )
+    session.log(f"file://{ROOT / 'out' / 'docs' / 'index.html'}")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it where nothing else is, and convert and verify with it."""
+    python = environment(session)
+    out = (ROOT / "out" / "wheel").absolute()
+    shutil.rmtree(out, ignore_errors=True)
+    session.run(
+        *(python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"),
+        *("--wheel-dir", str(out), str(ROOT)),
+    )
+    (built,) = out.glob("*.whl")
+    session.run(sys.executable, "-m", "venv", str(out / "env"))
+    tools = out / "env" / "bin"
+    session.run(
+        *(str(tools / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+        *("--constraint", str(ROOT / ".ci" / "constraints.txt"), str(built)),
+    )
+    command = str(tools / "nemotron-bridge")
+    session.chdir(out)  # nothing of the clone may be found by accident
+    session.env["PYTHONPATH"] = ""
+    session.run(command, "toy", "super-49b-v1", "--hf-path", "hf")
+    session.run(command, "import", "--hf-model", "hf", "--megatron-path", "megatron")
+    session.run(command, "verify", "--hf-model", "hf", "--megatron-path", "megatron")
+    session.run(command, "golden", "check", "--select", "toy-nano-4b*")
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style, types, spelling and import contracts."""
     python = environment(session)

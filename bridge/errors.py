@@ -64,61 +64,116 @@ def _rebuild(
 
 
 class UsageError(BridgeError):
-    """A request that makes no sense, or that would cost the user data."""
+    """A request that makes no sense, or that would cost the user data.
+
+    Flags that exclude one another, a size that is no size, a target inside its source.
+
+    To mend it: the message names the flag; `nemotron-bridge COMMAND --help` says what it takes.
+    """
 
     code = "BR001"
 
 
 class ConfigError(BridgeError):
-    """A configuration that cannot be read, or cannot be honoured."""
+    """A configuration that cannot be read, or cannot be honoured.
+
+    The file is missing, is no JSON, or is no object.
+
+    To mend it: give a checkpoint directory, a `config.json` or a Hub id.
+    """
 
     code = "BR100"
 
 
 class UnsupportedArchitectureError(ConfigError):
-    """`architectures` / `model_type` name a model outside the family."""
+    """`architectures` / `model_type` name a model outside the family.
+
+    The bridge takes `LlamaForCausalLM` and `DeciLMForCausalLM`, and proves what it takes.
+
+    To mend it: `nemotron-bridge list` shows the family. A relative that is made of the same parts
+    needs a reader of its configuration first.
+    """
 
     code = "BR101"
 
 
 class UnmappedFieldError(ConfigError):
-    """A configuration field whose meaning the bridge does not know."""
+    """A configuration field whose meaning the bridge does not know.
+
+    It may be harmless, or may change what the model computes; a guess would be no proof.
+
+    To mend it: look it up in the model's own code. If it changes no number, name it with
+    `--carry-field`: it is written back as it was on export.
+    """
 
     code = "BR102"
 
 
 class UnsupportedFieldError(ConfigError):
-    """A field whose meaning is known and which Megatron-Core cannot express."""
+    """A field whose meaning is known and which Megatron-Core cannot express.
+
+    Sliding windows, attention sinks, biases, other activations, MoE, Mamba and the like.
+
+    To mend it: there is no flag for it. A model that is converted nevertheless would be another
+    model.
+    """
 
     code = "BR103"
 
 
 class InconsistentConfigError(ConfigError):
-    """Fields that contradict one another, or values outside their range."""
+    """Fields that contradict one another, or values outside their range.
+
+    Often a file edited by hand: head counts that do not divide, a block list of another length.
+
+    To mend it: compare with the published file; every offender is listed at once.
+    """
 
     code = "BR104"
 
 
 class RemoteCodeError(ConfigError):
-    """A checkpoint's own Python code is needed and is not allowed, or does not import."""
+    """A checkpoint's own Python code is needed and is not allowed, or does not import.
+
+    DeciLM needs no remote code here. It runs only as a second reference, on request, and needs the
+    transformers it was written for (4.48 to 4.53).
+
+    To mend it: leave `--trust-remote-code` away, or take the logits where that version is
+    installed (`nemotron-bridge logits`) and give the file to `verify --reference-logits`.
+    """
 
     code = "BR105"
 
 
 class LayoutError(BridgeError):
-    """A parallel layout this model cannot be cut into."""
+    """A parallel layout this model cannot be cut into.
+
+    To mend it: `nemotron-bridge inspect M --tp T --pp P` tries a layout without any weights.
+    """
 
     code = "BR200"
 
 
 class TensorParallelError(LayoutError):
-    """A width, head count or group count that tensor parallelism does not divide."""
+    """A width, head count or group count that tensor parallelism does not divide.
+
+    Attention is cut by heads and query groups, an FFN by its width, a linear replacement by its
+    rows; each block has its own.
+
+    To mend it: take a `--tp` from the help line.
+    """
 
     code = "BR201"
 
 
 class PipelineParallelError(LayoutError):
-    """Layers that cannot be dealt out over the pipeline stages asked for."""
+    """Layers that cannot be dealt out over the pipeline stages asked for.
+
+    More stages than layers, or model parts that do not come out even over the ranks.
+
+    To mend it: a smaller `--pp` or `--vp`; stages need not be equal, they are balanced by
+    parameters.
+    """
 
     code = "BR202"
 
@@ -130,7 +185,11 @@ class NoLayoutFitsError(LayoutError):
 
 
 class CheckpointError(BridgeError):
-    """A checkpoint directory that is not what it should be."""
+    """A checkpoint directory that is not what it should be.
+
+    To mend it: the message says what was looked for and what was found. A Hugging Face checkpoint
+    has `config.json` and `.safetensors`; Megatron's has an iteration directory with `.metadata`.
+    """
 
     code = "BR300"
 
@@ -138,53 +197,88 @@ class CheckpointError(BridgeError):
 class AccountingError(CheckpointError):
     """Missing, unexpected and mis-shaped tensors, all in one report.
 
-    Raised by the closed accounting before any byte moves.
+    Raised by the closed accounting before any byte moves: the weights are of another model than the
+    configuration, or a file of a set is missing.
+
+    To mend it: compare the two; `nemotron-bridge plan M` lists what the configuration asks for.
     """
 
     code = "BR301"
 
 
 class CorruptFileError(CheckpointError):
-    """A file whose bytes contradict its own header, index or metadata."""
+    """A file whose bytes contradict its own header, index or metadata.
+
+    A download or a copy that was cut short, or storage that went bad.
+
+    To mend it: fetch the file that the message names anew.
+    """
 
     code = "BR302"
 
 
 class DtypeMismatchError(CheckpointError):
-    """Tensors of unequal or unknown dtype where one dtype is needed."""
+    """Tensors of unequal or unknown dtype where one dtype is needed.
+
+    Quantised weights, or a mixture.
+
+    To mend it: take the checkpoint in its published precision.
+    """
 
     code = "BR303"
 
 
 class TargetExistsError(CheckpointError):
-    """The target of a conversion is already there."""
+    """The target of a conversion is already there.
+
+    Nothing is overwritten unasked.
+
+    To mend it: another path, or `--overwrite`, which replaces the old target once the new one is
+    complete and verified.
+    """
 
     code = "BR304"
 
 
 class VerificationError(CheckpointError):
-    """What was written, read back, is not what was meant."""
+    """What was written, read back, is not what was meant.
+
+    The target did not appear; the source is untouched.
+
+    To mend it: try again; twice in a row, suspect memory or disk, and report it.
+    """
 
     code = "BR305"
     exit_code = 1
 
 
 class PlanError(BridgeError):
-    """A rule table that is not total or not one-to-one: a bug of ours, reported as such."""
+    """A rule table that is not total or not one-to-one: a bug of ours, reported as such.
+
+    To mend it: please report it, with the configuration.
+    """
 
     code = "BR400"
     exit_code = 3
 
 
 class EnvironmentMissingError(BridgeError):
-    """A package or device that the command needs is not there."""
+    """A package or device that the command needs is not there.
+
+    To mend it: the help line names the package or the extra, such as `nemotron-bridge[te]`.
+    """
 
     code = "BR500"
     exit_code = 3
 
 
 class WorkerLostError(BridgeError):
-    """A process of a conversion that several do together has died, or does not come."""
+    """A process of a conversion that several do together has died, or does not come.
+
+    Killed for memory, or a machine that went away. The target did not appear.
+
+    To mend it: run the command again; what the others have written is not kept.
+    """
 
     code = "BR501"
     exit_code = 3

@@ -17,45 +17,71 @@ class HarnessError(BridgeError):
 
 
 class SuiteError(HarnessError):
-    """A suite, a selection or a layout name that cannot be run as written."""
+    """A suite, a selection or a layout name that cannot be run as written.
+
+    To mend it: `nemotron-bridge parity --list` shows the ids a selection is matched against;
+    `suites/README.md` has the format.
+    """
 
     code = "HN101"
 
 
 class ResumeError(HarnessError):
-    """A run that cannot be taken up again: no journal, or one of another run."""
+    """A run that cannot be taken up again: no journal, or one of another run.
+
+    A verdict is taken over only when inputs, versions and limits are the same.
+
+    To mend it: leave `--resume` away, or give another `--report` directory.
+    """
 
     code = "HN102"
 
 
 class EvidenceError(HarnessError):
-    """A file that is no evidence of ours."""
+    """A file that is no evidence of ours.
+
+    To mend it: give the `evidence.json` or the directory that `--report` has written.
+    """
 
     code = "HN103"
 
 
 class DetachedReferenceError(HarnessError):
-    """A file of logits that is no reference for this model on these inputs."""
+    """A file of logits that is no reference for this model on these inputs.
+
+    Its metadata holds the hashes of configuration, weights and inputs it was made of.
+
+    To mend it: make it anew with `nemotron-bridge logits` from the same checkpoint and probe.
+    """
 
     code = "HN104"
 
 
 class ReferenceUnavailableError(HarnessError):
-    """The reference model cannot be run here, and no file stands in for what is asked of it."""
+    """The reference model cannot be run here, and no file stands in for what is asked of it.
+
+    To mend it: `--reference-logits`, or a check that does not need the reference.
+    """
 
     code = "HN204"
     exit_code = 3
 
 
 class RanksUnavailableError(HarnessError):
-    """A layout of more ranks than torchrun has started."""
+    """A layout of more ranks than torchrun has started.
+
+    To mend it: more processes, or `--layouts` of fewer ranks.
+    """
 
     code = "HN205"
     exit_code = 3
 
 
 class BackendUnavailableError(HarnessError):
-    """A device, or the rank processes that were to use it, cannot be had."""
+    """A device, or the rank processes that were to use it, cannot be had.
+
+    To mend it: `--device cpu`, or see that torch finds the GPU.
+    """
 
     code = "HN201"
     exit_code = 3
@@ -63,6 +89,9 @@ class BackendUnavailableError(HarnessError):
 
 class WorkerFailedError(HarnessError):
     """A rank process threw, died or ran out of time.
+
+    To mend it: the first failing rank's traceback is in the message, each rank's log in the
+    directory that it names.
 
     Args:
         message: What is wrong, one sentence.
@@ -116,19 +145,30 @@ class WorkerFailedError(HarnessError):
 
 
 class WorkerTimeoutError(WorkerFailedError):
-    """Ranks that did not finish within the time limit."""
+    """Ranks that did not finish within the time limit.
+
+    Often ranks that wait for one another: the message holds the stacks of all of them.
+
+    To mend it: `--timeout`, where the model is large; else report it.
+    """
 
     code = "HN203"
 
 
 class GoldenRecordError(HarnessError):
-    """Goldens that are not recorded so: in CI, without a reason, or from a model that fails."""
+    """Goldens that are not recorded so: in CI, without a reason, or from a model that fails.
+
+    To mend it: `golden record --reason "..."` by hand, after the change that means it.
+    """
 
     code = "HN301"
 
 
 class GoldenFormatError(HarnessError):
-    """A golden that cannot be relied on: of another format, or edited since it was recorded."""
+    """A golden that cannot be relied on: of another format, or edited since it was recorded.
+
+    To mend it: take the file from version control, or record it anew and say why.
+    """
 
     code = "HN302"
 
