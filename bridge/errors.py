@@ -179,7 +179,13 @@ class PipelineParallelError(LayoutError):
 
 
 class NoLayoutFitsError(LayoutError):
-    """Every way of cutting this model leaves some rank with more than its memory."""
+    """Every way of cutting this model leaves some rank with more than its memory.
+
+    All TP sizes that divide the model and a node were tried, with all PP sizes that are left.
+
+    To mend it: the message names the smallest memory, and the smallest number of GPUs, that would
+    do. In training a shorter `--sequence-length` and `--recompute-granularity full` need less.
+    """
 
     code = "BR203"
 

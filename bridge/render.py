@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge.console import gib, print_json, stdout, table
-from bridge.drawing.architecture import Architecture
-from bridge.drawing.strip import strip
 from bridge.render_layouts import print_memory
+
+if TYPE_CHECKING:
+    from bridge.drawing.architecture import Architecture
 
 
 def print_description(
     model: str, found: dict[str, Any], picture: Architecture, *, all_blocks: bool
 ) -> None:
     """A model's dimensions, its blocks, and what each rank of the layout holds."""
+    from bridge.drawing.strip import strip
+
     console = stdout()
     rope = ", ".join(f"{name} {value:g}" for name, value in found["rope"].items())
     tied = "tied" if found["share_embeddings_and_output_weights"] else "untied"

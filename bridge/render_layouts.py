@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from bridge.console import gib, stdout, table
-from bridge.layout_search import Machine, Suggestion
-from bridge.megatron_args import layout_flags
-from bridge.memory import RankMemory
-from bridge.workload import Workload
+
+if TYPE_CHECKING:
+    from bridge.layout_search import Machine, Suggestion
+    from bridge.memory import RankMemory
+    from bridge.workload import Workload
 
 _SHOWN: Final = 6
 _PARTS: Final[Mapping[str, str]] = {
@@ -58,6 +59,8 @@ def _suggestion(one: Suggestion) -> dict[str, Any]:
 
 
 def _megatron_flags(one: Suggestion) -> list[str]:
+    from bridge.megatron_args import layout_flags
+
     flags = layout_flags(one.layout)
     if one.work.purpose == "training":
         flags += ["--seq-length", str(one.work.sequence_length)]

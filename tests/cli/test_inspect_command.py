@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 VARIANTS = Path(__file__).parents[2] / "suites" / "variants"
 SUPER = VARIANTS / "Llama-3_3-Nemotron-Super-49B-v1.json"
+ULTRA = VARIANTS / "Llama-3_1-Nemotron-Ultra-253B-v1.json"
+DOCS = VARIANTS.parents[1] / "docs"
 NANO = VARIANTS / "Llama-3.1-Nemotron-Nano-8B-v1.json"
 
 
@@ -159,3 +161,23 @@ def test_a_picture_of_a_suggested_layout_shows_its_stages(run: Run, tmp_path: Pa
     assert found.code == 0
     assert " tp1-pp2 " in found.out
     assert "layout tp1-pp2" in (tmp_path / "super.svg").read_text()
+
+
+def test_the_documentation_shows_what_is_printed_and_drawn(run: Run, tmp_path: Path) -> None:
+    """The strip, the layouts that fit, and both pictures, to the character."""
+    page = (DOCS / "layouts.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```text\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    strip, ultra, super_49b, flags, _ = blocks
+    fits = ("--suggest-layout", "--memory", "80GiB", "--purpose", "training", "--gpus")
+    assert strip in run("inspect", SUPER).out
+    assert ultra in run("inspect", ULTRA, *fits, "256", "--recompute-granularity", "full").out
+    shown = run("inspect", SUPER, *fits, "64", "--sequence-length", "4096").out
+    assert super_49b in shown
+    assert flags in shown
+    for path, name, layout in (
+        (ULTRA, "ultra-253b.svg", ("--tp", "8", "--pp", "8")),
+        (SUPER, "super-49b.svg", ("--tp", "4", "--pp", "4")),
+    ):
+        assert f"figures/{name}" in page
+        assert run("inspect", path, *layout, "--draw", tmp_path / name).code == 0
+        assert (tmp_path / name).read_text() == (DOCS / "figures" / name).read_text()
