@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from bridge import cli_layout_options as options
 from bridge.cli import app
 from bridge.cli_options import (
     CarryField,
@@ -18,8 +19,10 @@ from bridge.cli_options import (
     VocabDivisor,
     VppSize,
 )
-from bridge.console import print_json, stdout, table
+from bridge.console import parse_size, print_json, stdout, table
+from bridge.errors import UsageError
 from bridge.render import print_description
+from bridge.render_layouts import memory_as_data, print_suggestions, suggestions_as_data
 
 
 @app.command("list")
@@ -50,32 +53,103 @@ def inspect(
     pp: PpSize = 1,
     vp: VppSize = None,
     divisor: VocabDivisor = 128,
+    sequence_parallel: options.SequenceParallel = False,
     all_blocks: Annotated[
         bool, typer.Option("--blocks", help="Show every block, not only the kinds.")
     ] = False,
+    draw: options.Draw = None,
+    purpose: options.PurposeName = "inference",
+    sequence_length: options.SequenceLength = 8192,
+    micro_batch_size: options.MicroBatchSize = 1,
+    data_parallel_size: options.DataParallelSize = 1,
+    distributed_optimizer: options.DistributedOptimizer = True,
+    recompute: options.Recompute = "none",
+    dtype: options.ParamsDtype = None,
+    suggest_layout: options.SuggestLayout = False,
+    gpus: options.Gpus = None,
+    memory: options.Memory = None,
+    gpus_per_node: options.GpusPerNode = 8,
+    memory_fraction: options.MemoryFraction = 0.9,
     revision: Revision = None,
     carry: CarryField = None,
     json_: Json = False,
 ) -> None:
-    """Show a model's blocks, its exact parameters, and what each rank of a layout holds."""
+    """Show a model's blocks, its exact parameters, and what each rank of a layout holds.
+
+    With --suggest-layout, show the layouts that fit a cluster instead, and their flags.
+    """
     from bridge.convert import read_spec
     from bridge.describe import describe
+    from bridge.drawing.architecture import architecture
+    from bridge.drawing.files import check_picture, write_picture
     from bridge.hub import resolve_model
+    from bridge.layout_search import Machine, suggest_layouts
+    from bridge.memory import rank_memory
     from bridge.pipeline import plan_layout
+    from bridge.workload import Workload
 
+    machine = None
+    if suggest_layout:
+        given = (tp, pp, vp, data_parallel_size, sequence_parallel) != (1, 1, None, 1, False)
+        if gpus is None or memory is None or given:
+            raise UsageError(
+                "--suggest-layout chooses every parallel size, for a cluster of a given size",
+                hint="give --gpus N and --memory SIZE, and nothing that it chooses",
+            )
+        machine = Machine(
+            num_gpus=gpus, memory=parse_size(memory), gpus_per_node=gpus_per_node,
+            memory_fraction=memory_fraction,
+        )  # fmt: skip
+    elif gpus is not None or memory is not None:
+        raise UsageError(
+            "--gpus and --memory are what a layout is sought for", hint="add --suggest-layout"
+        )
+    if draw is not None:
+        check_picture(draw)
     spec = read_spec(resolve_model(model, weights=False, revision=revision), carry=carry or ())
-    layout = plan_layout(
-        spec,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vp,
-        make_vocab_size_divisible_by=divisor,
+    work = Workload(
+        purpose=purpose,
+        sequence_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        distributed_optimizer=distributed_optimizer,
+        recompute=recompute,
+        params_dtype=dtype or spec.params_dtype,
     )
-    found = describe(spec, layout)
+    if machine is not None:
+        suggestions = suggest_layouts(spec, work, machine, make_vocab_size_divisible_by=divisor)
+        layout = suggestions[0].layout
+    else:
+        layout = plan_layout(
+            spec,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vp,
+            sequence_parallel=sequence_parallel,
+            make_vocab_size_divisible_by=divisor,
+        )
+    picture = architecture(spec, layout, name=_short_name(model))
+    if draw is not None:
+        write_picture(picture, draw)
+    if machine is not None:
+        found = suggestions_as_data(suggestions, machine)
+        if json_:
+            print_json(found)
+        else:
+            print_suggestions(model, found)
+        return
+    ranks = rank_memory(spec, layout, work)
+    found = describe(spec, layout) | {"memory": memory_as_data(ranks, work)}
     if json_:
         print_json(found)
     else:
-        print_description(model, found, all_blocks=all_blocks)
+        print_description(model, found, picture, all_blocks=all_blocks)
+
+
+def _short_name(model: str) -> str:
+    """What a picture calls a model: the last part of its path, URL or Hub id that is its own."""
+    parts = [part for part in model.split("/") if part not in ("", ".", "config.json")]
+    return parts[-1].removesuffix(".json") if parts else "model"
 
 
 @app.command()

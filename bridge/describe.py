@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -150,10 +151,24 @@ def stage_parameters(spec: ModelSpec, layout: ParallelLayout, stage: Stage) -> I
             yield parameter
 
 
+def rank_num_parameters(spec: ModelSpec, layout: ParallelLayout, stage: Stage) -> int:
+    """Parameters of one model part on each of its TP ranks, padding and copies included."""
+    sizes = _rank_sizes(spec, _padded(spec, layout), layout.tensor_model_parallel_size)
+    return sum(sizes[parameter.name] for parameter in stage_parameters(spec, layout, stage))
+
+
+@lru_cache(maxsize=16)
+def _rank_sizes(spec: ModelSpec, padded_vocab_size: int, tp: int) -> Mapping[str, int]:
+    """Elements of each parameter that one TP rank has; TP divides evenly, so all have as many."""
+    return {
+        name: sum(box.volume for box in parameter.shard_boxes(0, tp))
+        for name, parameter in parameters(spec, padded_vocab_size=padded_vocab_size).items()
+    }
+
+
 def _stage(spec: ModelSpec, layout: ParallelLayout, stage: Stage) -> dict[str, Any]:
     held = list(stage_parameters(spec, layout, stage))
-    tp = layout.tensor_model_parallel_size
-    per_rank = sum(box.volume for parameter in held for box in parameter.shard_boxes(0, tp))
+    per_rank = rank_num_parameters(spec, layout, stage)
     return {
         "pp_rank": stage.pp_rank,
         "vp_stage": stage.vp_stage,

@@ -178,6 +178,18 @@ class PipelineParallelError(LayoutError):
     code = "BR202"
 
 
+class NoLayoutFitsError(LayoutError):
+    """Every way of cutting this model leaves some rank with more than its memory.
+
+    All TP sizes that divide the model and a node were tried, with all PP sizes that are left.
+
+    To mend it: the message names the smallest memory, and the smallest number of GPUs, that would
+    do. In training a shorter `--sequence-length` and `--recompute-granularity full` need less.
+    """
+
+    code = "BR203"
+
+
 class CheckpointError(BridgeError):
     """A checkpoint directory that is not what it should be.
 

@@ -323,11 +323,12 @@ def megatron_lm_flags(spec: ModelSpec, layout: ParallelLayout | None = None) -> 
         case _:
             pass
     if layout is not None:
-        flags += _layout_flags(layout)
+        flags += layout_flags(layout)
     return flags
 
 
-def _layout_flags(layout: ParallelLayout) -> list[str]:
+def layout_flags(layout: ParallelLayout) -> list[str]:
+    """Say what of Megatron-LM's flags cuts a model like this."""
     flags = [
         *("--tensor-model-parallel-size", str(layout.tensor_model_parallel_size)),
         *("--pipeline-model-parallel-size", str(layout.pipeline_model_parallel_size)),

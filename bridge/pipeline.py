@@ -9,7 +9,9 @@ while 81 have no feed-forward at all, so equal layer counts are useless. Nothing
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Final
 
@@ -185,6 +187,7 @@ def _check_stages(spec: ModelSpec, stages: tuple[int, ...], *, num_stages: int) 
         )
 
 
+@lru_cache(maxsize=256)
 def _choose_stages(spec: ModelSpec, *, pp: int, vpp: int) -> tuple[int, ...]:
     num_stages = pp * vpp
     if num_stages > spec.num_layers:
@@ -197,61 +200,62 @@ def _choose_stages(spec: ModelSpec, *, pp: int, vpp: int) -> tuple[int, ...]:
     if not spec.heterogeneous_block_specs and spec.num_layers % num_stages == 0:
         return (spec.num_layers // num_stages,) * num_stages
     weights = [block_num_parameters(spec, layer_idx) for layer_idx in range(spec.num_layers)]
-    first, last = embedding_num_parameters(spec), output_num_parameters(spec)
-    stages = _smallest_largest_stage(weights, num_stages, first=first, last=last)
-    if vpp > 1:
-        stages = _even_out_ranks(weights, stages, pp=pp, first=first, last=last)
-    return stages
+    weights[0] += embedding_num_parameters(spec)
+    weights[-1] += output_num_parameters(spec)
+    stages = _smallest_largest_stage(weights, num_stages)
+    return _even_out_ranks(weights, stages, pp=pp) if vpp > 1 else stages
 
 
-def _smallest_largest_stage(
-    weights: Sequence[int], num_stages: int, *, first: int, last: int
-) -> tuple[int, ...]:
+def _smallest_largest_stage(weights: Sequence[int], num_stages: int) -> tuple[int, ...]:
     """Contiguous stages of at least one layer whose largest is as small as can be, exactly.
 
     Of the splits with that largest stage it takes the one with the smallest sum of squares, so
-    the other stages are even too and the answer does not depend on the order of the search.
-    O(num_layers^2 x num_stages), under a second for Ultra over 32 stages.
+    the other stages are even too, and of those the one whose first stages are the shortest: the
+    answer does not depend on the order of the search.
     """
     num_layers = len(weights)
     prefix = [0, *accumulate(weights)]
-    bound = _largest_stage(prefix, num_stages, first=first, last=last)
-    # Layers dealt so far -> (sum of squares, stages), among the splits that stay within the bound.
-    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
-    for stage in range(num_stages):
-        extra = (first if stage == 0 else 0) + (last if stage == num_stages - 1 else 0)
-        following: dict[int, tuple[int, tuple[int, ...]]] = {}
-        for start, (squares, stages) in best.items():
-            for stop in range(start + 1, num_layers - (num_stages - stage - 1) + 1):
-                size = prefix[stop] - prefix[start] + extra
-                if size > bound:
-                    break
-                candidate = (squares + size * size, (*stages, stop - start))
-                following[stop] = min(candidate, following.get(stop, candidate))
-        best = following
-    return best[num_layers][1]
+    bound = _largest_stage(weights, num_stages)
+    # By stages left: first layer of the first of them -> smallest sum of squares within the bound.
+    least: list[dict[int, int]] = [{num_layers: 0}]
+
+    def ways(start: int, following: Mapping[int, int]) -> Iterator[tuple[int, int]]:
+        for stop in range(start + 1, num_layers + 1):
+            size = prefix[stop] - prefix[start]
+            if size > bound:
+                return
+            if stop in following:
+                yield size * size + following[stop], stop
+
+    for _ in range(num_stages):
+        found = {start: min(ways(start, least[-1]), default=None) for start in range(num_layers)}
+        least.append({start: way[0] for start, way in found.items() if way is not None})
+    bounds = [0]
+    for following in reversed(least[:-1]):
+        bounds.append(min(ways(bounds[-1], following))[1])
+    return tuple(stop - start for start, stop in pairwise(bounds))
 
 
-def _largest_stage(prefix: Sequence[int], num_stages: int, *, first: int, last: int) -> int:
-    """The smallest possible size of the largest stage, every stage holding a layer or more."""
-    num_layers = len(prefix) - 1
-    unreachable = prefix[-1] + first + last + 1
-    best = [0] + [unreachable] * num_layers
-    for stage in range(num_stages):
-        extra = (first if stage == 0 else 0) + (last if stage == num_stages - 1 else 0)
-        following = [unreachable] * (num_layers + 1)
-        for stop in range(stage + 1, num_layers - (num_stages - stage - 1) + 1):
-            following[stop] = min(
-                max(best[start], prefix[stop] - prefix[start] + extra)
-                for start in range(stage, stop)
-            )
-        best = following
-    return best[num_layers]
+def _largest_stage(weights: Sequence[int], num_stages: int) -> int:
+    """The smallest possible size of the largest stage, every stage holding a layer or more.
+
+    A stage that holds more than one layer can be split, so as many stages as a bound needs or more
+    is enough.
+    """
+
+    def fits(bound: int) -> bool:
+        stages, size = 1, 0
+        for weight in weights:
+            size += weight
+            if size > bound:
+                stages, size = stages + 1, weight
+        return stages <= num_stages
+
+    sizes = range(max(weights), sum(weights))
+    return sizes.start + bisect_left(sizes, x=True, key=fits)
 
 
-def _even_out_ranks(
-    weights: Sequence[int], stages: tuple[int, ...], *, pp: int, first: int, last: int
-) -> tuple[int, ...]:
+def _even_out_ranks(weights: Sequence[int], stages: tuple[int, ...], *, pp: int) -> tuple[int, ...]:
     """Move stage boundaries while that lowers the largest pipeline rank, then the largest stage.
 
     A rank's load is the sum over its virtual stages, so the split with the smallest largest stage
@@ -262,8 +266,6 @@ def _even_out_ranks(
 
     def cost(bounds: Sequence[int]) -> tuple[int, int, int]:
         sizes = [prefix[stop] - prefix[start] for start, stop in pairwise(bounds)]
-        sizes[0] += first
-        sizes[-1] += last
         ranks = [sum(sizes[rank::pp]) for rank in range(pp)]
         return max(ranks), max(sizes), sum(size * size for size in ranks)
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bridge.console import gib, print_json, stdout, table
+from bridge.render_layouts import print_memory
+
+if TYPE_CHECKING:
+    from bridge.drawing.architecture import Architecture
 
 
-def print_description(model: str, found: dict[str, Any], *, all_blocks: bool) -> None:
+def print_description(
+    model: str, found: dict[str, Any], picture: Architecture, *, all_blocks: bool
+) -> None:
     """A model's dimensions, its blocks, and what each rank of the layout holds."""
+    from bridge.drawing.strip import strip
+
     console = stdout()
     rope = ", ".join(f"{name} {value:g}" for name, value in found["rope"].items())
     tied = "tied" if found["share_embeddings_and_output_weights"] else "untied"
@@ -24,6 +32,7 @@ def print_description(model: str, found: dict[str, Any], *, all_blocks: bool) ->
         f"layernorm_epsilon {found['layernorm_epsilon']:g}"
     )
     console.print(f"RoPE: {rope}\n")
+    console.print(strip(picture, ascii_only=console.options.ascii_only))
     if all_blocks:
         rows = table("layers", "attention", "ffn", "parameters/block", right=("parameters/block",))
         for run in found["blocks"]:
@@ -53,16 +62,7 @@ def print_description(model: str, found: dict[str, Any], *, all_blocks: bool) ->
             gib(stage["nbytes_per_rank"]),
         )  # fmt: skip
     console.print(stages)
-    if len(found["stages"]) > len(found["pp_ranks"]):
-        console.print()
-        ranks = table("pp rank", *sizes[1:], right=("pp rank", *sizes[1:]))
-        for rank in found["pp_ranks"]:
-            ranks.add_row(
-                str(rank["pp_rank"]),
-                f"{rank['parameters_per_rank']:,}",
-                gib(rank["nbytes_per_rank"]),
-            )
-        console.print(ranks)
+    print_memory(found["memory"])
 
 
 def print_report(report: dict[str, Any], *, json_: bool) -> None:

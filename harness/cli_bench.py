@@ -171,10 +171,11 @@ def _results(
 
 
 def _write(report: Path, data: Mapping[str, Any]) -> None:
+    from bridge.outputs import write_atomically
     from harness.benchmarks.plots import plots
     from harness.benchmarks.tables import markdown
     from harness.report.evidence import to_json
-    from harness.report.files import write_atomically, writing_into
+    from harness.report.files import writing_into
 
     figures = plots(data)
     with writing_into(report):

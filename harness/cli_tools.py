@@ -20,6 +20,7 @@ from bridge.cli_options import (
     VppSize,
 )
 from bridge.errors import UsageError
+from bridge.outputs import check_output
 
 DtypeName = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--dtype", help="What to compute in.")
@@ -116,7 +117,6 @@ def logits(
     from harness.logits_file import (
         ProbeName,
         Tokens,
-        check_output,
         compute_hf,
         compute_megatron,
         read_input,

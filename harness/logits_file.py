@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,25 +112,6 @@ def check_tokens(tokens: Tokens, spec: ModelSpec) -> None:
     ]
     if wrong:
         raise InconsistentConfigError("the model cannot run on this input", where=wrong)
-
-
-def check_output(path: Path) -> None:
-    """Refuse a file that could not be written, before hours are spent on what it is to hold.
-
-    Raises:
-        CheckpointError: BR300, no such directory, a directory itself, or no permission.
-    """
-    if path.is_dir():
-        problem = "is a directory"
-    elif not path.parent.is_dir():
-        problem = "is in no such directory"
-    elif not os.access(path if path.exists() else path.parent, os.W_OK):
-        problem = "is not writable"
-    else:
-        return
-    raise CheckpointError(
-        f"the output {problem}", where=str(path), hint="name a file in a directory that is there"
-    )
 
 
 def tokens_for(given: Tokens | ProbeName, spec: ModelSpec) -> Tokens:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
+from bridge.convert import read_spec
+from bridge.drawing.architecture import architecture
+from bridge.errors import ConfigError
 from bridge.hf_config import config_file
 from harness.locations import suites_dir
 
@@ -70,6 +74,8 @@ def identity(
 ) -> dict[str, Any]:
     """What identifies a model under test: sha256 of its configuration and of every weight file.
 
+    And what it is made of, for pictures, where the bridge can read the configuration by itself.
+
     Args:
         hf: Its Hugging Face checkpoint.
         megatron: The Megatron checkpoint held against it, where there is one.
@@ -80,6 +86,9 @@ def identity(
         "config_sha256": sha256_of(config),
         "weight_files": _files(hf, weight_files(hf), advance),
     }
+    with contextlib.suppress(ConfigError):  # one that needs --carry-field: the run knows, we do not
+        spec = read_spec(hf)
+        found["architecture"] = architecture(spec, None, name="").as_data()
     if megatron is not None:
         found["megatron_files"] = _files(megatron, megatron_files(megatron), advance)
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,18 +48,3 @@ def writing_into(directory: Path) -> Iterator[None]:
             hint="give --report a directory that can be written to, or a path where one can be "
             "made",
         ) from None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a killed run, never meets half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)  # mkstemp lets nobody else read it; a report is for others
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

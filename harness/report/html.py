@@ -11,6 +11,9 @@ from typing import Any, Final
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from bridge.drawing.architecture import Architecture
+from bridge.drawing.figure import figure
+from bridge.drawing.svg import svg
 from harness.report.charts import Series, bars, lines
 from harness.report.evidence import number
 from harness.report.summary import (
@@ -47,6 +50,7 @@ def html(data: Mapping[str, Any], *, kill_matrix: Mapping[str, Any] | None = Non
     """
     return _environment().get_template("report.html.j2").render(
         data=data,
+        pictures=_pictures(data["inputs"]),
         checks=grid(data["cases"], columns="check"),
         heat=by_layout(data),
         broken=failures(data),
@@ -102,6 +106,19 @@ def _heat(value: float | None, limit: float | None) -> str:
     if value > limit:
         return "bad"
     return f"h{min(_STEPS, max(1, math.ceil(_STEPS * value / limit)))}"
+
+
+def _pictures(inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Markup]:
+    """The blocks of each model, once whatever its dtypes."""
+    found = {
+        name.partition("/")[0]: one["architecture"]
+        for name, one in inputs.items()
+        if "architecture" in one
+    }
+    return {
+        name: Markup(svg(figure(Architecture.from_data(one, name=name)), inline=True))  # noqa: S704 - escaped
+        for name, one in found.items()
+    }
 
 
 def _numbers(values: Iterable[object]) -> list[float | None]:

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bridge.outputs import write_atomically
 from harness.report.evidence import FILE_NAME, read_evidence, validate
-from harness.report.files import write_atomically
 from harness.report.markdown import markdown
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from bridge.outputs import write_atomically
 from harness.report.evidence import FILE_NAME, to_json
-from harness.report.files import write_atomically
 from harness.report.html import html
 from harness.report.junit import junit
 from harness.report.markdown import markdown

@@ -22,7 +22,7 @@ import torch
 from bridge import platform
 from bridge.dtypes import Words, dtype_named
 from bridge.errors import BridgeError
-from bridge.forward import forward
+from bridge.forward import forward, run_stages
 from bridge.live_parameters import load_hf, load_megatron, local_parameters
 from bridge.model import build_model
 from bridge.parameters import hf_tensors, parameters
@@ -133,6 +133,7 @@ def _layouts() -> dict[str, tuple[str, ParallelLayout]]:
 
 LAYOUTS = _layouts()
 INPUT_IDS = torch.randint(0, 125, (2, 11), generator=torch.Generator().manual_seed(3))
+SAVED_IDS = torch.randint(0, 125, (2, 48), generator=torch.Generator().manual_seed(5))
 FAR = torch.tensor([0, 1, 7, 500, 4096, 8191, 8192, 40000, 99999, 131070, 131071])
 PROBES = {"near": None, "far": FAR, "rows": torch.stack([FAR, FAR.flip(0)])}
 
@@ -277,6 +278,7 @@ def _run_layout(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
         for probe, positions in PROBES.items()
     }
     held = [(one.name, one.live_name, one.tensor) for one in local_parameters(parts, layout)]
+    saved = _bytes_saved(parts, spec, layout)
     again = build_model(spec, layout, params_dtype="float32")
     # Padded for another TP than any layout here.
     megatron = DictSource(megatron_weights(spec, 168))
@@ -284,6 +286,8 @@ def _run_layout(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
     return {
         "logits": logits,
         "names": [(name, live) for name, live, _ in held],
+        "parameters": sum(one.numel() for part in parts for one in part.parameters()),
+        "bytes_saved": saved,
         "elements_held": sum(tensor.numel() for *_, tensor in held),
         "elements_read": {"hf": source.elements_read, "megatron": megatron.elements_read},
         "read_again": source.read_again + megatron.read_again,
@@ -292,6 +296,27 @@ def _run_layout(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:
             for one, (*_, tensor) in zip(local_parameters(again, layout), held, strict=True)
         ),
     }
+
+
+def _bytes_saved(parts: Sequence[Any], spec: ModelSpec, layout: ParallelLayout) -> int:
+    """What autograd keeps of one batch and its loss on this rank: storages, each once."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    theirs = {one.untyped_storage().data_ptr() for part in parts for one in part.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in theirs:
+            kept[tensor.untyped_storage().data_ptr()] = (
+                tensor  # held, so that no other gets its place
+            )
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        done = run_stages(parts, spec, layout, SAVED_IDS, None, grad=True)
+        if done.logits is not None:
+            vocab_parallel_cross_entropy(done.runs[-1].output, SAVED_IDS)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _gradients(spec: ModelSpec, layout: ParallelLayout) -> dict[str, Any]:

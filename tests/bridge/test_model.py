@@ -19,9 +19,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from bridge.activations import saved_by_stage
 from bridge.errors import AccountingError, PlanError
+from bridge.memory import rank_memory
 from bridge.parameters import parameters
-from bridge.spec import GroupedQueryAttention, Linear, ModelSpec, NoOp, SwiGLU
+from bridge.spec import (
+    GroupedQueryAttention,
+    Linear,
+    ModelSpec,
+    NoOp,
+    ParallelLayout,
+    SwiGLU,
+)
+from bridge.workload import Workload
 
 if TYPE_CHECKING:
     from tests.bridge import model_ranks as ranks
@@ -150,6 +160,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     ]
 
 
+def pp_rank_of(rank: int, layout: ParallelLayout) -> int:
+    """TP ranks are neighbours, replicas come next: Megatron's default order."""
+    return rank // (ranks.WORLD_SIZE // layout.pipeline_model_parallel_size)
+
+
 def rms(x: torch.Tensor) -> float:
     """Root mean square, in float64."""
     return float(x.double().square().mean().sqrt())
@@ -259,6 +274,44 @@ def test_each_rank_reads_only_its_own_slices(results: list[dict[str, Any]], case
         for elements_read in one[case]["elements_read"].values():
             padding = one[case]["elements_held"] - elements_read
             assert 0 <= padding <= 2 * (rows - spec.vocab_size) * spec.hidden_size
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", ranks.LAYOUTS)
+def test_memory_counts_the_parameters_each_rank_has(
+    results: list[dict[str, Any]], case: str
+) -> None:
+    """Weights to the element, whatever the layout: what Megatron's own modules add up to."""
+    model, layout = ranks.LAYOUTS[case]
+    counted = rank_memory(ranks.SPECS[model], layout, Workload(params_dtype="float32"))
+    for rank, one in enumerate(results):
+        memory = counted[pp_rank_of(rank, layout)]
+        assert one[case]["parameters"] == memory.num_parameters
+        assert 4 * one[case]["parameters"] == memory.weights
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("case", ranks.LAYOUTS)
+def test_activations_are_what_autograd_keeps(results: list[dict[str, Any]], case: str) -> None:
+    """Local layers, to the byte: all but masks, which a rank has once, is in the estimate."""
+    model, layout = ranks.LAYOUTS[case]
+    spec = ranks.SPECS[model]
+    batch, length = ranks.SAVED_IDS.shape
+    work = Workload(
+        purpose="training", sequence_length=length, micro_batch_size=batch,
+        params_dtype="float32", layers="local",
+    )  # fmt: skip
+    for rank, one in enumerate(results):
+        stages = layout.stages_of(pp_rank_of(rank, layout))
+        layers = [layer_idx for stage in stages for layer_idx in stage.layers]
+        causal = any(
+            isinstance(spec.blocks[layer_idx].attention, GroupedQueryAttention)
+            for layer_idx in layers
+        )
+        foreign_tokens = stages[0].pre_process and layout.tensor_model_parallel_size > 1
+        masks = causal * length * length + foreign_tokens * batch * length
+        estimate = sum(saved_by_stage(spec, layout, work, stage) for stage in stages)
+        assert one[case]["bytes_saved"] == estimate + masks
 
 
 @pytest.mark.ranks

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bridge.errors import BridgeError
+from bridge.outputs import write_atomically
 from harness.compare import Finding
 from harness.errors import EvidenceError
 from harness.report import machine
@@ -26,9 +27,9 @@ from harness.report.evidence import (
     to_json,
     validate,
 )
-from harness.report.files import write_atomically
 from harness.runner import Result
 from harness.suite import Case
+from harness.toys import TOYS
 
 Make = Callable[..., dict[str, Any]]
 
@@ -141,6 +142,16 @@ def test_inputs_are_known_by_the_bytes_of_every_file(tmp_path: Path) -> None:
         "megatron_files": {"iter_0000000/__0_0.distcp": {"bytes": 6, "sha256": sha[b"shards"]}},
     }
     assert sum(read) == 13
+
+
+def test_an_input_says_what_it_is_made_of(tmp_path: Path) -> None:
+    """For pictures; valid by the schema. `{}`, as above, is no configuration, and says nothing."""
+    (tmp_path / "config.json").write_text(json.dumps(TOYS["puzzle"].config))
+    found = identity(tmp_path)["architecture"]
+    assert [one["attention"] for one in found["blocks"]] == [
+        "full", "full", "no_op", "full", "linear", "no_op", "full",
+    ]  # fmt: skip
+    assert found["blocks"][3]["ffn"] == "linear"
 
 
 def test_digests_do_not_depend_on_order_and_see_every_change() -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from bridge.drawing.architecture import architecture
 from bridge.errors import UsageError
+from bridge.hf_config import spec_from_hf_config
 from harness.report.charts import Series, bars, lines
 from harness.report.evidence import read_evidence
 from harness.report.files import report_directory
@@ -21,6 +23,7 @@ from harness.report.junit import junit
 from harness.report.markdown import markdown
 from harness.report.write import write_reports
 from harness.runner import Result
+from harness.toys import TOYS
 from tests.harness.report.conftest import HOSTILE, POSITIONS
 
 Make = Callable[..., dict[str, Any]]
@@ -143,6 +146,30 @@ def test_the_pictures_are_of_the_worst_case_of_each_model(make_evidence: Make) -
         ("logits/puzzle/tp2-pp1/float32/long", "failed"),
     ]
     assert all(f">{position}</text>" in page for position in POSITIONS)
+
+
+def test_the_page_draws_each_model_once(make_evidence: Make) -> None:
+    """Whatever its dtypes, and whatever its name; the page's rules for its own figures stay out."""
+    one = {
+        "config_sha256": "0" * 64,
+        "weight_files": {},
+        "architecture": architecture(
+            spec_from_hf_config(TOYS["puzzle"].config), None, name=""
+        ).as_data(),
+    }
+    inputs = {f"{name}/{dtype}": one for name in ("puzzle", HOSTILE) for dtype in ("f32", "bf16")}
+    inputs["unknown/f32"] = {"config_sha256": "0" * 64, "weight_files": {}}
+    data = make_evidence(inputs=inputs)
+    text = html(data)
+    page = Page(text)
+    assert page.attributes.count(("class", "architecture")) == 2
+    assert page.text.count("layer 4: attention one matrix; feed-forward width ") == 2 * 2
+    assert not re.search(r"url\(|@import|https?:", text)
+    assert ">puzzle</text>" in text
+    assert HOSTILE.partition("/")[0] not in re.sub(r"&[a-z]+;", "", text.partition("<body>")[2])
+    assert not re.search(r"^svg text", text, flags=re.MULTILINE)
+    alone = Page(html(make_evidence(inputs={"puzzle": one})))
+    assert ("open", "") in alone.attributes
 
 
 def test_a_run_of_one_case_without_pictures_is_a_page(

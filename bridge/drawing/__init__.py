@@ -1,0 +1,1 @@
+"""A model's blocks as a picture: what is drawn, where, and in the terminal, as SVG and as PNG."""
