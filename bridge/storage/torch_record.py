@@ -203,7 +203,7 @@ def object_record(value: object, *, archive: str = "archive") -> bytes:
     return layout.prefix + layout.suffix
 
 
-class _Archive:
+class Archive:
     """The directory of an archive that lies at (offset, length) of a file."""
 
     def __init__(self, read: Reader, offset: int, length: int, where: str) -> None:
@@ -344,7 +344,7 @@ def locate_tensor(read: Reader, offset: int, length: int, *, where: str) -> Tens
             parts do not lie inside it.
         DtypeMismatchError: BR303, a dtype the bridge does not know.
     """
-    archive = _Archive(read, offset, length, where)
+    archive = Archive(read, offset, length, where)
     return archive.locate(unpickle_tensor(archive.pickle(), where=where))
 
 
@@ -354,4 +354,4 @@ def read_object(read: Reader, offset: int, length: int, *, where: str) -> object
     Raises:
         CorruptFileError: BR302, not a record, or a pickle that asks for more than data.
     """
-    return unpickle_object(_Archive(read, offset, length, where).pickle(), where=where)
+    return unpickle_object(Archive(read, offset, length, where).pickle(), where=where)
