@@ -125,7 +125,7 @@ class TorchLegacyReader:
             raise
         self.ignored_nbytes = self._ignored_nbytes(ranks)
 
-    def _archive(self, file: str) -> tuple[Archive, dict[str, Any]]:
+    def _archive(self, file: str) -> tuple[Archive, dict[Any, Any]]:
         path = self.directory / file
         if not path.is_file():
             raise CheckpointError(f"the rank has no {STATE_NAME}", where=str(path))
@@ -294,7 +294,7 @@ def _refuse_missing_ranks(ranks: Mapping[RankName, str], directory: Location) ->
 
 
 def _shards(
-    states: Mapping[RankName, tuple[Archive, Mapping[str, Any]]],
+    states: Mapping[RankName, tuple[Archive, Mapping[Any, Any]]],
     files: Mapping[RankName, str],
     num_layers: int | None,
     where: str,
@@ -322,7 +322,7 @@ def _shards(
     return found
 
 
-def _parts_of(state: Mapping[str, Any], where: str) -> Iterator[tuple[int, Mapping[str, object]]]:
+def _parts_of(state: Mapping[Any, Any], where: str) -> Iterator[tuple[int, Mapping[str, object]]]:
     found = False
     for key, part in state.items():
         match = _PART.fullmatch(key) if isinstance(key, str) else None
