@@ -58,12 +58,15 @@ def inspect(
     json_: Json = False,
 ) -> None:
     """Show a model's blocks, its exact parameters, and what each rank of a layout holds."""
+    from bridge.consumers import consumer_refusals
     from bridge.convert import read_spec
     from bridge.describe import describe
+    from bridge.hf_config import load_hf_config
     from bridge.hub import resolve_model
     from bridge.pipeline import plan_layout
 
-    spec = read_spec(resolve_model(model, weights=False, revision=revision), carry=carry or ())
+    path = resolve_model(model, weights=False, revision=revision)
+    spec = read_spec(path, carry=carry or ())
     layout = plan_layout(
         spec,
         tensor_model_parallel_size=tp,
@@ -71,7 +74,8 @@ def inspect(
         virtual_pipeline_model_parallel_size=vp,
         make_vocab_size_divisible_by=divisor,
     )
-    found = describe(spec, layout)
+    refusals = consumer_refusals(spec, load_hf_config(path))
+    found = describe(spec, layout) | {"consumers_that_refuse": refusals}
     if json_:
         print_json(found)
     else:

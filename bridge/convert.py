@@ -7,6 +7,7 @@ and only then let the target appear.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -14,6 +15,7 @@ from typing import Final
 from bridge import __version__
 from bridge.agreement import check_agreement
 from bridge.casting import dtype_to_round_to, files_in, tensors_in
+from bridge.consumers import consumer_notes
 from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
@@ -214,7 +216,8 @@ def export_checkpoint(
             if crew.rank == 0:
                 if index is not None:
                     new.write_small_file(INDEX_NAME, index)
-                write_side_files(new, side_source, spec, record, dtype)
+                config = write_side_files(new, side_source, spec, record, dtype)
+                notes += consumer_notes(spec, json.loads(config))
             crew.gather(None)  # the checkpoint can be opened now
             names = [layout.path for layout in layouts]
             with SafetensorsSource(new.written(), files=names) as written:

@@ -23,7 +23,10 @@ def print_description(model: str, found: dict[str, Any], *, all_blocks: bool) ->
         f"max_position_embeddings {found['max_position_embeddings']}, "
         f"layernorm_epsilon {found['layernorm_epsilon']:g}"
     )
-    console.print(f"RoPE: {rope}\n")
+    console.print(f"RoPE: {rope}")
+    for name, reasons in found["consumers_that_refuse"].items():
+        console.print(f"{name} cannot take this model: {'; '.join(reasons)}")
+    console.print()
     if all_blocks:
         rows = table("layers", "attention", "ffn", "parameters/block", right=("parameters/block",))
         for run in found["blocks"]:

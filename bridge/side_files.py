@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 from bridge.casting import config_in
 from bridge.dtypes import Dtype
@@ -47,7 +46,7 @@ def write_side_files(
     spec: ModelSpec,
     record: SourceRecord | None,
     dtype: Dtype | None,
-) -> None:
+) -> bytes:
     """What an export holds besides weights: of a directory, a bare config, or made from `spec`.
 
     Args:
@@ -57,22 +56,25 @@ def write_side_files(
         record: Of the import, whose side files these should still be.
         dtype: What the configuration is to say; None leaves it as it is.
 
+    Returns:
+        The `config.json` that was written.
+
     Raises:
         VerificationError: BR305, files that are not those which were imported.
     """
-    if source is None:
-        said = spec if dtype is None else replace(spec, params_dtype=dtype.name)
-        config = json.dumps(hf_config_from_spec(said), indent=2).encode() + b"\n"
-        new.write_small_file(CONFIG_NAME, config)
-    elif source.is_dir():
+    if source is not None and source.is_dir():
         carried = carry(source, side_files(source)[0], new, dtype=dtype)
         found = {name: sha256_of(data) for name, (data, _) in carried.items()}
         _check_side_files(record, found, source)
+        return carried[CONFIG_NAME][1]
+    if source is None:
+        config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
     else:
         config = read_small_file(source)
-        if dtype is not None:
-            config = config_in(config, dtype, where=str(source))
-        new.write_small_file(CONFIG_NAME, config)
+    if dtype is not None:
+        config = config_in(config, dtype, where=str(source or CONFIG_NAME))
+    new.write_small_file(CONFIG_NAME, config)
+    return config
 
 
 def _check_side_files(
