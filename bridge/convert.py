@@ -28,6 +28,7 @@ from bridge.hf_config import (
     spec_from_hf_config,
 )
 from bridge.megatron_args import checkpoint_args, megatron_lm_flags, spec_from_checkpoint_args
+from bridge.megatron_bridge import megatron_bridge_files
 from bridge.pipeline import plan_layout
 from bridge.plan import Plan, account_for, fold_layers
 from bridge.record import (
@@ -137,7 +138,12 @@ def import_checkpoint(
         ) as new:
             job.write(files.files, new, source, plan.hf_to_mcore)
             if crew.rank == 0:
-                for name, data in files.small_files.items():
+                extra = megatron_bridge_files(
+                    stored,
+                    padded_vocab_size=plan.padded_vocab_size,
+                    iteration_directory=iteration_directory(_IMPORTED_ITERATION),
+                )
+                for name, data in {**extra, **files.small_files}.items():
                     new.write_small_file(name, data)
                 carried = carry(hf, names, new, below=f"{SIDE_DIRECTORY}/", dtype=dtype)
                 side = {name: sha256_of(data) for name, (_, data) in carried.items()}

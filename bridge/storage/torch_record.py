@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -201,6 +201,29 @@ def object_record(value: object, *, archive: str = "archive") -> bytes:
     """
     layout = _archive(dumps(value), None, archive)
     return layout.prefix + layout.suffix
+
+
+def zeros_record(dtypes: Mapping[str, Dtype], *, archive: str = "archive") -> bytes:
+    """What `torch.save` of a dictionary of zeros holds, each a tensor without dimensions.
+
+    They share one storage of zeros, so whoever loads them reads them and does not write to them.
+    """
+    nbytes = max(dtype.itemsize for dtype in dtypes.values())
+    storage = PersistentId(
+        ("storage", Global("torch.storage", "UntypedStorage"), "0", "cpu", nbytes)
+    )
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    value = {
+        name: Call(
+            Global("torch._utils", "_rebuild_tensor_v3"), (storage, 0, (), (), False, hooks, dtype)
+        )
+        for name, dtype in dtypes.items()
+    }
+    layout = _archive(dumps(value), nbytes, archive)
+    record = bytearray(layout.prefix + bytes(nbytes) + layout.suffix)
+    for position in layout.crc32_at:
+        record[position : position + 4] = zlib.crc32(bytes(nbytes)).to_bytes(4, "little")
+    return bytes(record)
 
 
 class Archive:
