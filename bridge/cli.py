@@ -14,7 +14,9 @@ import typer
 
 from bridge import __version__
 from bridge.cli_options import (
+    AllowOverflow,
     CarryField,
+    DtypeChoice,
     HfModel,
     Json,
     MemoryBudget,
@@ -28,6 +30,7 @@ from bridge.cli_options import (
     VocabDivisor,
     Workers,
     conversion_options,
+    shard_size,
     transfer_limits,
 )
 from bridge.console import RichProgress, parse_size, print_json
@@ -114,6 +117,8 @@ def import_(
     tp: TpSize = 1,
     pp: PpSize = 1,
     divisor: VocabDivisor = 128,
+    dtype: DtypeChoice = None,
+    allow_overflow: AllowOverflow = False,
     verify: Verify = "auto",
     trust_remote_code: TrustRemoteCode = False,
     memory_budget: MemoryBudget = "1GiB",
@@ -150,6 +155,8 @@ def import_(
                 carry=carry,
                 staging=staging,
                 hf_model_id=hf_model if is_hub_id(hf_model) else None,
+                dtype=dtype,
+                allow_overflow=allow_overflow,
             ),
         )
     if crew.rank:
@@ -174,8 +181,15 @@ def export(
         ),
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", help="Per file, where the source's cut is unknown.")
-    ] = "5GB",
+        str | None,
+        typer.Option(
+            "--max-shard-size",
+            show_default="the source's files, or 5GB",
+            help="Size of a weight file, such as 5GB, or `single` for one file.",
+        ),
+    ] = None,
+    dtype: DtypeChoice = None,
+    allow_overflow: AllowOverflow = False,
     verify: Verify = "auto",
     trust_remote_code: TrustRemoteCode = False,
     memory_budget: MemoryBudget = "1GiB",
@@ -204,7 +218,7 @@ def export(
             megatron,
             hf,
             hf_model=resolved,
-            max_shard_size=parse_size(max_shard_size),
+            max_shard_size=shard_size(max_shard_size),
             options=conversion_options(
                 verify,
                 memory_budget,
@@ -212,6 +226,8 @@ def export(
                 overwrite=overwrite,
                 carry=carry,
                 staging=staging,
+                dtype=dtype,
+                allow_overflow=allow_overflow,
             ),
         )
     if crew.rank:

@@ -78,10 +78,12 @@ def inspect(
 
     With --suggest-layout, show the layouts that fit a cluster instead, and their flags.
     """
+    from bridge.consumers import consumer_refusals
     from bridge.convert import read_spec
     from bridge.describe import describe
     from bridge.drawing.architecture import architecture
     from bridge.drawing.files import check_picture, write_picture
+    from bridge.hf_config import load_hf_config
     from bridge.hub import resolve_model
     from bridge.layout_search import Machine, suggest_layouts
     from bridge.memory import rank_memory
@@ -106,7 +108,8 @@ def inspect(
         )
     if draw is not None:
         check_picture(draw)
-    spec = read_spec(resolve_model(model, weights=False, revision=revision), carry=carry or ())
+    path = resolve_model(model, weights=False, revision=revision)
+    spec = read_spec(path, carry=carry or ())
     work = Workload(
         purpose=purpose,
         sequence_length=sequence_length,
@@ -139,7 +142,10 @@ def inspect(
             print_suggestions(model, found)
         return
     ranks = rank_memory(spec, layout, work)
-    found = describe(spec, layout) | {"memory": memory_as_data(ranks, work)}
+    found = describe(spec, layout) | {
+        "memory": memory_as_data(ranks, work),
+        "consumers_that_refuse": consumer_refusals(spec, load_hf_config(path)),
+    }
     if json_:
         print_json(found)
     else:

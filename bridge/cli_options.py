@@ -6,6 +6,7 @@ Flags are spelled as Megatron's, with `--tp`, `--pp` and `--vp` as short forms.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -101,6 +102,19 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code", help="Run the checkpoint's own code as the reference of a proof."
     ),
 ]
+DtypeChoice = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option(
+        "--dtype", show_default="as stored",
+        help="Round every weight to this dtype: nearest, ties to even.",
+    ),
+]  # fmt: skip
+AllowOverflow = Annotated[
+    bool,
+    typer.Option(
+        "--allow-overflow", help="Let values too large for --dtype become infinite, not an error."
+    ),
+]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit, for a Hub id.")
 ]
@@ -127,6 +141,17 @@ def transfer_limits(memory_budget: str, workers: int | None = None) -> TransferL
     return limits
 
 
+def shard_size(text: str | None) -> int | None:
+    """Bytes of `--max-shard-size`; `single` has no limit.
+
+    Raises:
+        UsageError: BR001, no such size.
+    """
+    if text is None:
+        return None
+    return sys.maxsize if text.strip().lower() == "single" else parse_size(text)
+
+
 def conversion_options(
     verify: str,
     memory_budget: str,
@@ -136,6 +161,8 @@ def conversion_options(
     carry: Collection[str] | None,
     staging: Path | None,
     hf_model_id: str | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    allow_overflow: bool = False,
 ) -> ConversionOptions:
     """What `import` and `export` do alike."""
     from bridge.conversion import ConversionOptions
@@ -148,4 +175,6 @@ def conversion_options(
         progress=RichProgress(),
         staging=staging,
         hf_model_id=hf_model_id,
+        dtype=dtype,
+        allow_overflow=allow_overflow,
     )

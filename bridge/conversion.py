@@ -5,17 +5,20 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from bridge.casting import Loss, RoundedSource, refuse_overflow, rounding_note
 from bridge.crew.protocol import Crew
 from bridge.crew.sharing import share_of
+from bridge.dtypes import Dtype
 from bridge.errors import VerificationError
 from bridge.plan import Plan
 from bridge.progress import Progress, Silent
+from bridge.rounding import round_by_definition
 from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location
 from bridge.storage.safetensors_layout import total_nbytes
@@ -24,6 +27,7 @@ from bridge.tiling import Box, Tiling, bands
 from bridge.transfer import Digest, TransferLimits, compare
 
 Verify = Literal["auto", "none"]
+DtypeName = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +43,8 @@ class ConversionOptions:
         staging: Where files are built before their upload, for a target behind a URL; None takes
             the system's temporary directory.
         hf_model_id: Of an import: the source's id on the Hub, to be put on record.
+        dtype: torch's name of the dtype to write; None writes what is read, byte for byte.
+        allow_overflow: Let values that are too large for it become infinite.
     """
 
     limits: TransferLimits = field(default_factory=TransferLimits)
@@ -48,6 +54,8 @@ class ConversionOptions:
     progress: Progress = field(default_factory=Silent)
     staging: Path | None = None
     hf_model_id: str | None = None
+    dtype: DtypeName | None = None
+    allow_overflow: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +79,8 @@ class ConversionReport:
     verify_seconds: float
     workers: int
     peak_rss: int
+    rounding: Mapping[str, Any] | None
+    """The dtype and the fields of `bridge.casting.Loss`; None where bytes came as they went."""
     tensor_sha256: Mapping[str, str]
     notes: Sequence[str]
 
@@ -92,6 +102,10 @@ class ConversionJob:
     plan: Plan
     options: ConversionOptions
     crew: Crew
+    dtype: Dtype | None = None
+    """To round to; None where every tensor is written as it is read."""
+    losses: dict[str, Loss] = field(default_factory=dict)
+    """What that cost, by tensor of the source."""
     convert_seconds: float = 0.0
     verify_seconds: float = 0.0
     peak_rss: int = 0
@@ -103,18 +117,33 @@ class ConversionJob:
         source: TensorSource,
         tilings: Mapping[str, Tiling],
     ) -> None:
-        """Stream the weights into their files; all of them are complete when it returns."""
+        """Stream the weights into their files; all of them are complete when it returns.
+
+        Raises:
+            DtypeMismatchError: BR303, values too large for the dtype to round to, all of them.
+        """
+        rounded = None if self.dtype is None else RoundedSource(source, self.dtype)
         sizes = [layout.payload_nbytes for layout in layouts]
         effort = sum(map(new.effort, layouts))
         mine = share_of(self.crew, layouts, sizes)
         started = time.perf_counter()
         with self.crew.phase(self.options.progress, "convert", effort) as advance:
-            new.write_files(mine, source, tilings, limits=self.options.limits, advance=advance)
+            new.write_files(
+                mine, rounded or source, tilings, limits=self.options.limits, advance=advance
+            )
             self.peak_rss = sum(self.crew.gather(_peak_rss()))
         self.convert_seconds = time.perf_counter() - started
+        if rounded is not None:
+            for share in self.crew.gather(rounded.losses):
+                for name, loss in share.items():
+                    self.losses[name] = self.losses.get(name, Loss()) + loss
+            if not self.options.allow_overflow:
+                refuse_overflow(self.losses, rounded.dtype)
 
     def verify(self, hf: TensorSource, megatron: TensorSource) -> dict[str, str]:
         """Compare both sides bit by bit as they lie on the disk; sha256 of every HF tensor.
+
+        Where they differ in dtype, with the source's rounded once more and in another way.
 
         Raises:
             VerificationError: BR305, with the first differing element of each tensor.
@@ -122,6 +151,10 @@ class ConversionJob:
         if self.options.verify == "none":
             return {}
         started = time.perf_counter()
+        if self.dtype is not None and self.direction == "hf_to_mcore":
+            hf = RoundedSource(hf, self.dtype, rounding=round_by_definition)
+        elif self.dtype is not None:
+            megatron = RoundedSource(megatron, self.dtype, rounding=round_by_definition)
         tilings = self.plan.mcore_to_hf
         sizes = [hf.tensors[name].nbytes for name in tilings]
         mine = {name: tilings[name] for name in share_of(self.crew, list(tilings), sizes)}
@@ -178,14 +211,18 @@ class ConversionJob:
     ) -> ConversionReport:
         """Sum up."""
         sources = {tile.source for tiling in tilings.values() for tile in tiling.tiles} - {None}
+        loss = sum(self.losses.values(), Loss())
+        num_parameters = sum(
+            sum(tile.source_box.volume for tile in tiling.tiles if tile.source)
+            for tiling in tilings.values()
+        )
+        if self.dtype is not None:
+            notes = [rounding_note(loss, self.dtype, num_parameters), *notes]
         return ConversionReport(
             direction=self.direction,
             source=str(self.source_path),
             target=str(self.target_path),
-            num_parameters=sum(
-                sum(tile.source_box.volume for tile in tiling.tiles if tile.source)
-                for tiling in tilings.values()
-            ),
+            num_parameters=num_parameters,
             num_source_tensors=len(sources),
             num_target_tensors=len(tilings),
             nbytes=total_nbytes(tensors[name] for name in sources if name is not None),
@@ -195,6 +232,7 @@ class ConversionJob:
             verify_seconds=self.verify_seconds,
             workers=self.crew.size,
             peak_rss=self.peak_rss,
+            rounding=None if self.dtype is None else {"dtype": self.dtype.name, **asdict(loss)},
             tensor_sha256=dict(digests),
             notes=tuple(notes),
         )

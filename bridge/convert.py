@@ -8,24 +8,27 @@ and only then let the target appear.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 from bridge import __version__
 from bridge.agreement import described_model
+from bridge.casting import dtype_to_round_to, files_in, tensors_in
+from bridge.consumers import consumer_notes
 from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
+from bridge.dtypes import Dtype
 from bridge.errors import ConfigError, VerificationError
 from bridge.hf_config import (
     CONFIG_NAME,
     config_file,
-    hf_config_from_spec,
     load_hf_config,
     spec_from_hf_config,
 )
 from bridge.megatron_args import checkpoint_args, megatron_lm_flags
+from bridge.megatron_bridge import megatron_bridge_files
 from bridge.pipeline import plan_layout
 from bridge.plan import Plan, account_for, fold_layers
 from bridge.record import (
@@ -35,12 +38,12 @@ from bridge.record import (
     read_record,
     sha256_of,
 )
+from bridge.side_files import carry, write_side_files
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
-from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource
-from bridge.storage.safetensors_layout import layout_like
+from bridge.storage.safetensors_layout import layout_like, layout_shards
 from bridge.storage.source import FileLayout, TensorInfo
 from bridge.storage.target import (
     read_small_file,
@@ -101,9 +104,11 @@ def import_checkpoint(
     plan = Plan(spec, checkpoint_args(spec, layout)["padded_vocab_size"])
     with SafetensorsSource(hf, strict_index=False) as source:
         account_for(plan.hf_shapes, source.tensors, where=str(hf), also=source.index_problems)
-        dtypes = plan.target_dtypes(plan.hf_to_mcore, source.tensors, where=str(hf))
+        dtype = dtype_to_round_to(options.dtype, source.tensors)
+        tensors = tensors_in(source.tensors, dtype)
+        dtypes = plan.target_dtypes(plan.hf_to_mcore, tensors, where=str(hf))
         check_stackable(plan.parameters, dtypes, spec, where=str(hf))
-        stored = replace(spec, params_dtype=_main_dtype(source.tensors))
+        stored = replace(spec, params_dtype=_main_dtype(tensors))
         files = layout_megatron(
             plan.parameters,
             dtypes,
@@ -112,16 +117,18 @@ def import_checkpoint(
             args=checkpoint_args(stored, layout),
             iteration=_IMPORTED_ITERATION,
         )
+        index = read_small_file(hf / INDEX_NAME) if (hf / INDEX_NAME).is_file() else None
+        headers, index = files_in(source.headers.values(), index, dtype, where=str(hf / INDEX_NAME))
         record = SourceRecord(
             bridge_version=__version__,
             plan_sha256=plan.digest(),
             iteration=_IMPORTED_ITERATION,
             carried_fields=tuple(options.carry),
-            headers={name: header.raw for name, header in source.headers.items()},
-            index=read_small_file(hf / INDEX_NAME) if (hf / INDEX_NAME).is_file() else None,
+            headers=headers,
+            index=index,
             hf_model_id=options.hf_model_id,
         )
-        job = ConversionJob("hf_to_mcore", hf, megatron, plan, options, crew)
+        job = ConversionJob("hf_to_mcore", hf, megatron, plan, options, crew, dtype)
         names, left = side_files(hf)
         with shared_checkpoint(
             megatron,
@@ -132,9 +139,15 @@ def import_checkpoint(
         ) as new:
             job.write(files.files, new, source, plan.hf_to_mcore)
             if crew.rank == 0:
-                for name, data in files.small_files.items():
+                extra = megatron_bridge_files(
+                    stored,
+                    padded_vocab_size=plan.padded_vocab_size,
+                    iteration_directory=iteration_directory(_IMPORTED_ITERATION),
+                )
+                for name, data in {**extra, **files.small_files}.items():
                     new.write_small_file(name, data)
-                side = _carry(hf, names, new, below=f"{SIDE_DIRECTORY}/")
+                carried = carry(hf, names, new, below=f"{SIDE_DIRECTORY}/", dtype=dtype)
+                side = {name: sha256_of(data) for name, (_, data) in carried.items()}
                 record = replace(record, side_file_sha256=side)
             crew.gather(None)  # the checkpoint can be opened now
             # The tracker that names the iteration may not be there yet.
@@ -147,7 +160,7 @@ def import_checkpoint(
                 new.write_small_file(RECORD_NAME, record.to_json())
         left = [name for name in left if name not in source.headers and name != INDEX_NAME]
         notes = _import_notes(stored) + [f"not carried: {name}" for name in left]
-        return job.report(source.tensors, plan.hf_to_mcore, digests, notes)
+        return job.report(tensors, plan.hf_to_mcore, digests, notes)
 
 
 def export_checkpoint(
@@ -155,7 +168,7 @@ def export_checkpoint(
     hf: Location,
     *,
     hf_model: Location | None = None,
-    max_shard_size: int = DEFAULT_MAX_SHARD_SIZE,
+    max_shard_size: int | None = None,
     options: ConversionOptions | None = None,
     crew: Crew | None = None,
 ) -> ConversionReport:
@@ -170,7 +183,8 @@ def export_checkpoint(
         hf: Directory to create.
         hf_model: Directory (or config.json) whose configuration and side files to take. Its
             weights are not read.
-        max_shard_size: Bytes per weight file, where the source's own division is not known.
+        max_shard_size: Bytes per weight file; None keeps the source's own division, and takes 5 GB
+            where that is not known.
         options: Memory, verification, progress.
         crew: The processes that share the work, all of which make this call; `crew_of` starts
             them. The files do not depend on how many there are.
@@ -188,13 +202,15 @@ def export_checkpoint(
         spec, side_source, notes = _export_spec(source, hf_model, options.carry)
         plan = Plan.of_checkpoint(spec, source.tensors)
         account_for(plan.mcore_shapes, source.tensors, where=str(megatron))
-        dtypes = plan.target_dtypes(plan.mcore_to_hf, source.tensors, where=str(megatron))
+        dtype = dtype_to_round_to(options.dtype, source.tensors)
+        stored = tensors_in(source.tensors, dtype)
+        dtypes = plan.target_dtypes(plan.mcore_to_hf, stored, where=str(megatron))
         tensors = {
             name: TensorInfo(shape=shape, dtype=dtypes[name])
             for name, shape in plan.hf_shapes.items()
         }
-        layouts, index = _hf_layouts(tensors, record, max_shard_size, where=str(source.root))
-        job = ConversionJob("mcore_to_hf", megatron, hf, plan, options, crew)
+        layouts, index = _hf_layouts(tensors, record, max_shard_size, dtype, str(source.root))
+        job = ConversionJob("mcore_to_hf", megatron, hf, plan, options, crew, dtype)
         with shared_checkpoint(
             hf,
             overwrite=options.overwrite,
@@ -206,14 +222,15 @@ def export_checkpoint(
             if crew.rank == 0:
                 if index is not None:
                     new.write_small_file(INDEX_NAME, index)
-                _write_side_files(new, side_source, spec, record)
+                config = write_side_files(new, side_source, spec, record, dtype)
+                notes += consumer_notes(spec, json.loads(config))
             crew.gather(None)  # the checkpoint can be opened now
             names = [layout.path for layout in layouts]
             with SafetensorsSource(new.written(), files=names) as written:
                 digests = job.verify(written, source)
-            if record is not None and record.iteration == source.iteration:
+            if record is not None and record.iteration == source.iteration and dtype is None:
                 notes += _check_unchanged(record, digests)
-        return job.report(source.tensors, plan.mcore_to_hf, digests, notes)
+        return job.report(stored, plan.mcore_to_hf, digests, notes)
 
 
 def read_spec(model: Location, *, carry: Collection[str] = ()) -> ModelSpec:
@@ -237,32 +254,6 @@ def _import_notes(spec: ModelSpec) -> list[str]:
     return [f"Megatron-LM: --load P --use-checkpoint-args {flags}"]
 
 
-def _carry(
-    source: Location, names: Iterable[str], target: NewCheckpoint, *, below: str = ""
-) -> dict[str, str]:
-    """Copy side files byte for byte; their sha256 by name."""
-    found = {}
-    for name in names:
-        data = read_small_file(source / name)
-        target.write_small_file(f"{below}{name}", data)
-        found[name] = sha256_of(data)
-    return found
-
-
-def _write_side_files(
-    new: NewCheckpoint, source: Location | None, spec: ModelSpec, record: SourceRecord | None
-) -> None:
-    """What an export holds besides weights: of a directory, a bare config, or made from `spec`."""
-    if source is None:
-        config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
-        new.write_small_file(CONFIG_NAME, config)
-    elif source.is_dir():
-        carried = _carry(source, side_files(source)[0], new)
-        _check_side_files(record, carried, source)
-    else:
-        new.write_small_file(CONFIG_NAME, read_small_file(source))
-
-
 def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[str]:
     """Hold what was exported against what was imported, tensor by tensor, by its hash."""
     if not digests or not record.tensor_sha256:
@@ -276,24 +267,6 @@ def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[s
             "pass --hf-model",
         )
     return [f"all {len(digests)} tensors have the hashes of the imported checkpoint"]
-
-
-def _check_side_files(
-    record: SourceRecord | None, carried: Mapping[str, str], directory: Location
-) -> None:
-    if record is None:
-        return
-    changed = sorted(
-        name
-        for name in record.side_file_sha256.keys() | carried.keys()
-        if record.side_file_sha256.get(name) != carried.get(name)
-    )
-    if changed:
-        raise VerificationError(
-            "side files are not those that were imported",
-            where=[str(directory / name) for name in changed],
-            hint="restore them, or export with --hf-model to take another directory's",
-        )
 
 
 def _export_spec(
@@ -313,11 +286,13 @@ def _export_spec(
 def _hf_layouts(
     tensors: Mapping[str, TensorInfo],
     record: SourceRecord | None,
-    max_shard_size: int,
-    *,
+    max_shard_size: int | None,
+    dtype: Dtype | None,
     where: str,
 ) -> tuple[list[FileLayout], bytes | None]:
     """The source's own files where they are on record and still fit, else our own division."""
-    headers = [] if record is None else record.shard_headers(where)
-    index = None if record is None else record.index
-    return layout_like(tensors, headers, index, max_shard_size=max_shard_size)
+    if record is None or max_shard_size is not None:
+        return layout_shards(tensors, max_shard_size=max_shard_size or DEFAULT_MAX_SHARD_SIZE)
+    raw, index = files_in(record.shard_headers(where), record.index, dtype, where=where)
+    headers = replace(record, headers=raw).shard_headers(where)
+    return layout_like(tensors, headers, index, max_shard_size=DEFAULT_MAX_SHARD_SIZE)

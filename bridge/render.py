@@ -31,7 +31,10 @@ def print_description(
         f"max_position_embeddings {found['max_position_embeddings']}, "
         f"layernorm_epsilon {found['layernorm_epsilon']:g}"
     )
-    console.print(f"RoPE: {rope}\n")
+    console.print(f"RoPE: {rope}")
+    for name, reasons in found["consumers_that_refuse"].items():
+        console.print(f"{name} cannot take this model: {'; '.join(reasons)}")
+    console.print()
     console.print(strip(picture, ascii_only=console.options.ascii_only))
     if all_blocks:
         rows = table("layers", "attention", "ffn", "parameters/block", right=("parameters/block",))

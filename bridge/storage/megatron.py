@@ -1,16 +1,17 @@
-"""Megatron `torch_dist` checkpoints under one set of names, stacked or per layer.
+"""Megatron checkpoints under one set of names: stacked or per layer, TE's or local layers'.
 
 Megatron stores the equal layers of a homogeneous model as one tensor with a leading layer
 dimension (`decoder.layers.mlp.linear_fc2.weight`), those of a heterogeneous one each under its own
 name (`decoder.layers.7.mlp.linear_fc2.weight`). Everything else in the bridge knows only the
-latter; this module is where the former is folded and unfolded.
+latter; this module is where the former is folded and unfolded. Local layers call their norms
+`input_layernorm` and `pre_mlp_layernorm` where nothing renames them; wrappers put `module.` or
+`model.` before every name. Those become the names of the parameter table too.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final, Self
 
@@ -21,8 +22,7 @@ from bridge.spec import ModelSpec, ParallelLayout
 from bridge.storage.extents import Extent
 from bridge.storage.remote import Location
 from bridge.storage.source import FileLayout, Payload, TensorInfo
-from bridge.storage.torch_dist_iteration import open_checkpoint
-from bridge.storage.torch_dist_read import TorchDistReader
+from bridge.storage.torch_dist_iteration import open_checkpoint, open_reader
 from bridge.storage.torch_dist_write import (
     CheckpointLayout,
     Chunk,
@@ -32,7 +32,9 @@ from bridge.storage.torch_dist_write import (
 )
 from bridge.tiling import Box, Shape
 
-_MODEL: Final = re.compile(r"(?:model\.)?(?P<name>(?:embedding|decoder|output_layer)\..*)")
+_MODEL: Final = re.compile(
+    r"(?:module\.|model\.)*(?P<name>(?:embedding|decoder|output_layer)\..*(?<!\._extra_state))"
+)
 _PER_LAYER: Final = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.*)")
 _STACKED: Final = re.compile(r"decoder\.layers\.(?P<rest>\D.*)")
 
@@ -44,8 +46,16 @@ _LINEAR_SUFFIXES: Final = (
 _FINAL_NORM: Final = "decoder.final_layernorm"
 
 
+_LOCAL_NORMS: Final = {
+    "input_layernorm": ("self_attention.linear_qkv", "self_attention"),
+    "pre_mlp_layernorm": ("mlp.linear_fc1", "mlp"),
+}
+"""Norms of local layers, and the modules one of which is there to consume them: the first has
+the norm of ordinary blocks, the second that of linear replacements."""
+
+
 class MegatronSource:
-    """The model parameters of a `torch_dist` checkpoint, whole and per layer.
+    """The model parameters of a `torch_dist` or `torch` checkpoint, whole and per layer.
 
     Args:
         path: The checkpoint's root (with its tracker file) or one of its iteration directories.
@@ -65,20 +75,15 @@ class MegatronSource:
         self.directory, self.iteration = open_checkpoint(path.absolute())
         self.root = self.directory.parent
         # Optimizer state is far bigger than the model; nothing of it is even looked at.
-        self._reader = TorchDistReader(
-            self.directory, ignore=lambda key: _MODEL.fullmatch(key) is None
-        )
+        self._reader = open_reader(self.directory, ignore=lambda key: _MODEL.fullmatch(key) is None)
         self.args = _args(self._reader.common())
-        self.args_where = str(self.directory / "common.pt: args")
+        self.args_where = f"{self.directory}: args"
         self._stored: dict[str, tuple[str, int | None]] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        ignored: defaultdict[str, int] = defaultdict(int)
-        for key, info in self._reader.tensors.items():
-            match = _MODEL.fullmatch(key)
-            if match is None:
-                ignored[key.split(".")[0]] += info.nbytes
-                continue
-            for name, layer_idx, shape in _unfold(match["name"], info.shape):
+        names = _table_names(self._reader.tensors)
+        for key, stored_name in names.items():
+            info = self._reader.tensors[key]
+            for name, layer_idx, shape in _unfold(stored_name, info.shape):
                 if name in self._stored:
                     raise CorruptFileError(
                         f"{name} is stored as {self._stored[name][0]} and as {key}",
@@ -87,8 +92,8 @@ class MegatronSource:
                 self._stored[name] = key, layer_idx
                 self.tensors[name] = TensorInfo(shape=shape, dtype=info.dtype)
         self.ignored = [
-            f"{kind}.* ({nbytes / 1e9:.3g} GB), not part of the model"
-            for kind, nbytes in sorted(ignored.items())
+            f"{kind}{f' ({nbytes / 1e9:.3g} GB)' if nbytes else ''}, not part of the model"
+            for kind, nbytes in sorted(self._reader.ignored_nbytes.items())
         ]
 
     def read_into(self, name: str, box: Box, out: Words) -> None:
@@ -123,6 +128,20 @@ def _args(common: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if args is None or isinstance(args, Mapping):
         return args
     return dict(vars(args))
+
+
+def _table_names(keys: Collection[str]) -> dict[str, str]:
+    """Key to its name in the parameter table, layers still stacked; of the model's tensors only."""
+    matches = {key: _MODEL.fullmatch(key) for key in keys}
+    names = {key: match["name"] for key, match in matches.items() if match is not None}
+    present = set(names.values())
+    for key, name in names.items():
+        layer, _, rest = name.rpartition(".weight")[0].rpartition(".")
+        for consumer in _LOCAL_NORMS.get(rest, ()):
+            if f"{layer}.{consumer}.weight" in present:
+                names[key] = f"{layer}.{consumer}.layer_norm_weight"
+                break
+    return names
 
 
 def _unfold(name: str, shape: Shape) -> Iterator[tuple[str, int | None, Shape]]:

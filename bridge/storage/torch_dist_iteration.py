@@ -1,16 +1,20 @@
-"""Which iteration of a Megatron checkpoint is meant: by its tracker, or named itself."""
+"""Which iteration of a Megatron checkpoint is meant, by its tracker or by name, and its reader."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Final
 
 from bridge.errors import CheckpointError, CorruptFileError
 from bridge.storage.remote import Location
 from bridge.storage.torch_dist_config import CONFIG_NAME, METADATA_NAME, TRACKER_NAME
 from bridge.storage.torch_dist_read import TorchDistReader
+from bridge.storage.torch_legacy import TorchLegacyReader, rank_directories
 
 RELEASE: Final = "release"
+NEMO_WEIGHTS: Final = "weights"
+"""Where NeMo 2 keeps the checkpoint itself, beside `context` with configuration and tokenizer."""
 _ITERATION: Final = re.compile(r"iter_(\d{7,})")
 
 
@@ -29,10 +33,18 @@ def open_checkpoint(path: Location) -> tuple[Location, int]:
         CorruptFileError: BR302, a tracker that does not say, or names an iteration that is not
             there.
     """
+    if path.name.endswith(".nemo") and path.is_file():
+        raise CheckpointError(
+            "a .nemo archive of NeMo 1 cannot be read",
+            where=str(path),
+            hint="load it with NeMo 2 and save it: the directory with weights/ and context/ can be",
+        )
     if not path.is_dir():
         raise CheckpointError("no such directory", where=str(path))
-    if (path / METADATA_NAME).is_file() or (path / CONFIG_NAME).is_file():
+    if _is_iteration(path):
         return path, _iteration_of(path)
+    if _is_iteration(path / NEMO_WEIGHTS):
+        return path / NEMO_WEIGHTS, _iteration_of(path / NEMO_WEIGHTS)
     present = sorted(
         child.name
         for child in path.iterdir()
@@ -64,6 +76,32 @@ def open_checkpoint(path: Location) -> tuple[Location, int]:
     return directory, 0 if text == RELEASE else int(text)
 
 
+def open_reader(
+    directory: Location, *, ignore: Callable[[str], bool]
+) -> TorchDistReader | TorchLegacyReader:
+    """Open the checkpoint that an iteration's directory holds, in either format.
+
+    Args:
+        directory: As `open_checkpoint` gives it.
+        ignore: Keys to leave unchecked until they are read, such as optimizer state.
+
+    Raises:
+        CheckpointError: BR300, neither format.
+        CorruptFileError: BR302, files that contradict each other.
+    """
+    if not (directory / CONFIG_NAME).is_file() and rank_directories(directory):
+        return TorchLegacyReader(directory)
+    return TorchDistReader(directory, ignore=ignore)
+
+
+def _is_iteration(path: Location) -> bool:
+    return (
+        (path / METADATA_NAME).is_file()
+        or (path / CONFIG_NAME).is_file()
+        or (path.is_dir() and bool(rank_directories(path)))
+    )
+
+
 def _iteration_of(directory: Location) -> int:
     """The iteration of a directory, by its name or else by what it says itself."""
     name = directory.resolve().name
@@ -72,8 +110,10 @@ def _iteration_of(directory: Location) -> int:
         return int(match[1])
     if name == RELEASE:
         return 0
-    with TorchDistReader(directory, ignore=lambda _: True) as reader:
-        iteration = reader.common().get("iteration")
+    with open_reader(directory, ignore=lambda _: True) as reader:
+        common = reader.common()
+    # NeMo 2 counts in PyTorch Lightning's words.
+    iteration = common.get("iteration", common.get("global_step"))
     if not isinstance(iteration, int):
         raise CorruptFileError(
             "neither the directory's name nor its common state tells the iteration",

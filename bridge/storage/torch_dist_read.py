@@ -7,19 +7,15 @@ are asked for are read, and no pickle is ever run (`bridge.storage.unpickle`).
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Final, Self
-
-import numpy as np
+from typing import Final, Self
 
 from bridge.dtypes import Words
 from bridge.errors import CorruptFileError
-from bridge.storage.extents import Extent, flat_index, in_order, is_contiguous
+from bridge.storage.chunks import ChunkReader
+from bridge.storage.extents import Extent
 from bridge.storage.remote import Location, RemotePath
-from bridge.storage.remote_ranges import open_ranges
 from bridge.storage.source import TensorInfo
 from bridge.storage.torch_dist_config import (
     COMMON_KEY,
@@ -36,7 +32,7 @@ from bridge.storage.torch_dist_metadata import (
     record_problems,
 )
 from bridge.storage.torch_record import TensorLocation, locate_tensor, read_object
-from bridge.tiling import Box, Shape
+from bridge.tiling import Box
 
 _EDGE: Final = 4096  # bytes; of a zip record of torch.save, headers and pickle take fewer
 
@@ -60,7 +56,7 @@ class TorchDistReader:
         self.directory = directory
         check_config(directory)
         self._metadata = read_metadata(directory / METADATA_NAME)
-        self._files = open_ranges(directory)
+        self._chunks = ChunkReader(directory, self._locate)
         # A listing answers for the files in it; where that is a URL each question is a request.
         self._listed: Mapping[str, Location] = {child.name: child for child in directory.iterdir()}
         self._locations: dict[tuple[str, int], TensorLocation] = {}
@@ -76,6 +72,7 @@ class TorchDistReader:
                 "the checkpoint's metadata and its files do not agree", str(directory), checked
             )
         self._damaged = problems  # of ignored keys: reported when one of them is read
+        self._ignore = ignore
 
     def _size(self, name: str) -> int | None:
         path = self._listed.get(name, self.directory / name)
@@ -87,6 +84,16 @@ class TorchDistReader:
         return {key: stored.info for key, stored in self._metadata.tensors.items()}
 
     @property
+    def ignored_nbytes(self) -> Mapping[str, int]:
+        """Bytes of the tensors that were to be ignored, by the kind of key: `optimizer.*`."""
+        found: dict[str, int] = {}
+        for key, info in self.tensors.items():
+            if self._ignore(key):
+                kind = f"{key.split('.')[0]}.*"
+                found[kind] = found.get(kind, 0) + info.nbytes
+        return found
+
+    @property
     def objects(self) -> Mapping[str, RecordRange]:
         """Where the record of every object is, by key: `_extra_state` and other byte entries."""
         return self._metadata.objects
@@ -96,52 +103,12 @@ class TorchDistReader:
         return tuple(chunk.box for chunk in self._stored(name).chunks)
 
     def read_into(self, name: str, box: Box, out: Words) -> None:
-        """Fill `out`, of shape `box.shape` and the dtype's word, with that box of the tensor.
-
-        `out` may be strided. Only what is needed is read: runs of complete rows at once, wide
-        column slices row by row, narrow ones out of complete rows.
-
-        Raises:
-            CorruptFileError: BR302, a record that is not what the metadata says.
-        """
-        stored = self._stored(name)
-        if out.shape != box.shape or not _inside(box, stored.info.shape):
-            raise ValueError(f"{box} of {name}, shape {stored.info.shape}, into {out.shape}")
-        for chunk in _touched(stored, box):
-            common = chunk.box.intersect(box)
-            if common is None:
-                continue
-            location = self._locate(name, stored, chunk)
-            # The ellipsis keeps a scalar's place a view.
-            place: tuple[Any, ...] = (*common.relative_to(box).slices, ...)
-            self._read_part(
-                chunk.record.file,
-                location.offset,
-                location.shape,
-                stored.info.dtype.word,
-                common.relative_to(chunk.box),
-                out[place],
-            )
+        """Fill `out` with that box of the tensor; see `ChunkReader.read_into`."""
+        self._chunks.read_into(name, self._stored(name), box, out)
 
     def extents(self, name: str, box: Box) -> list[Extent] | None:
         """Where the box lies, run by run; see `bridge.storage.extents.FileSource`."""
-        if isinstance(self.directory, RemotePath):
-            return None
-        stored = self._stored(name)
-        itemsize = stored.info.dtype.itemsize
-        parts = []
-        for chunk in _touched(stored, box):
-            common = chunk.box.intersect(box)
-            if common is None:
-                continue
-            part = common.relative_to(chunk.box)
-            if not is_contiguous(part, chunk.box.shape):
-                return None
-            location = self._locate(name, stored, chunk)
-            start = location.offset + flat_index(part.starts, location.shape) * itemsize
-            extent = Extent(self.directory / chunk.record.file, start, common.volume * itemsize)
-            parts.append((common.relative_to(box), [extent]))
-        return in_order(box.shape, parts)
+        return self._chunks.extents(name, self._stored(name), box)
 
     def read_object(self, name: str) -> object:
         """Read an object without running its pickle: see `unpickle.unpickle_object`.
@@ -152,7 +119,7 @@ class TorchDistReader:
         self._refuse_damaged(name)
         record = self._metadata.objects[name]
         return read_object(
-            self._reader(record.file),
+            self._chunks.bytes_of(record.file),
             record.offset,
             record.length,
             where=f"{self.directory / record.file}: {name}",
@@ -171,7 +138,7 @@ class TorchDistReader:
         size = self._size(COMMON_NAME)
         path = self.directory / COMMON_NAME
         if size is not None:
-            value = read_object(self._reader(COMMON_NAME), 0, size, where=str(path))
+            value = read_object(self._chunks.bytes_of(COMMON_NAME), 0, size, where=str(path))
         elif COMMON_KEY in self._metadata.objects:
             value = self.read_object(COMMON_KEY)
             value = value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -191,20 +158,12 @@ class TorchDistReader:
         if name in self._damaged:
             raise contradiction(f"{name} is damaged", str(self.directory), self._damaged[name])
 
-    def _reader(self, file: str) -> Callable[[int, int], bytes]:
-        def read(offset: int, length: int) -> bytes:
-            out = np.empty(length, "u1")
-            self._files.read_into(file, offset, out)
-            return out.tobytes()
-
-        return read
-
     def _locate(self, name: str, stored: StoredKey, chunk: StoredChunk) -> TensorLocation:
         place = (chunk.record.file, chunk.record.offset)
         location = self._locations.get(place)
         if location is None:
             where = f"{self.directory / chunk.record.file}: {name} {chunk.box}"
-            read = self._reader(chunk.record.file)
+            read = self._chunks.bytes_of(chunk.record.file)
             if isinstance(self.directory, RemotePath):
                 read = _from_edges(read, chunk.record.offset, chunk.record.length)
             location = locate_tensor(
@@ -222,22 +181,9 @@ class TorchDistReader:
             self._locations[place] = location
         return location
 
-    def _read_part(
-        self, file: str, offset: int, shape: Shape, word: np.dtype[Any], part: Box, out: Words
-    ) -> None:
-        """Read a box of one chunk: one matrix at a time unless its rows are complete."""
-        if len(shape) <= 2 or part.shape[1:] == shape[1:]:
-            self._files.read_box(file, offset, shape=shape, word=word, box=part, out=out)
-            return
-        inner = Box(part.starts[1:], part.stops[1:])
-        stride = math.prod(shape[1:]) * word.itemsize
-        for index in range(part.shape[0]):
-            start = offset + (part.starts[0] + index) * stride
-            self._read_part(file, start, shape[1:], word, inner, out[index])
-
     def close(self) -> None:
         """Close every file."""
-        self._files.close()
+        self._chunks.close()
 
     def __enter__(self) -> Self:
         return self
@@ -263,20 +209,3 @@ def _from_edges(
         return read(start, count)
 
     return read_kept
-
-
-def _inside(box: Box, shape: Shape) -> bool:
-    return len(box.starts) == len(shape) and all(
-        stop <= extent for stop, extent in zip(box.stops, shape, strict=True)
-    )
-
-
-def _touched(stored: StoredKey, box: Box) -> Iterator[StoredChunk]:
-    """Chunks that may share elements with the box: by their rows, which they are sorted by."""
-    if not box.starts:
-        yield from stored.chunks
-        return
-    last = bisect_left(stored.chunks, box.stops[0], key=lambda chunk: chunk.box.starts[0])
-    for chunk in stored.chunks[:last]:
-        if chunk.box.stops[0] > box.starts[0]:
-            yield chunk

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -203,7 +203,30 @@ def object_record(value: object, *, archive: str = "archive") -> bytes:
     return layout.prefix + layout.suffix
 
 
-class _Archive:
+def zeros_record(dtypes: Mapping[str, Dtype], *, archive: str = "archive") -> bytes:
+    """What `torch.save` of a dictionary of zeros holds, each a tensor without dimensions.
+
+    They share one storage of zeros, so whoever loads them reads them and does not write to them.
+    """
+    nbytes = max(dtype.itemsize for dtype in dtypes.values())
+    storage = PersistentId(
+        ("storage", Global("torch.storage", "UntypedStorage"), "0", "cpu", nbytes)
+    )
+    hooks = Call(Global("collections", "OrderedDict"), ())
+    value = {
+        name: Call(
+            Global("torch._utils", "_rebuild_tensor_v3"), (storage, 0, (), (), False, hooks, dtype)
+        )
+        for name, dtype in dtypes.items()
+    }
+    layout = _archive(dumps(value), nbytes, archive)
+    record = bytearray(layout.prefix + bytes(nbytes) + layout.suffix)
+    for position in layout.crc32_at:
+        record[position : position + 4] = zlib.crc32(bytes(nbytes)).to_bytes(4, "little")
+    return bytes(record)
+
+
+class Archive:
     """The directory of an archive that lies at (offset, length) of a file."""
 
     def __init__(self, read: Reader, offset: int, length: int, where: str) -> None:
@@ -344,7 +367,7 @@ def locate_tensor(read: Reader, offset: int, length: int, *, where: str) -> Tens
             parts do not lie inside it.
         DtypeMismatchError: BR303, a dtype the bridge does not know.
     """
-    archive = _Archive(read, offset, length, where)
+    archive = Archive(read, offset, length, where)
     return archive.locate(unpickle_tensor(archive.pickle(), where=where))
 
 
@@ -354,4 +377,4 @@ def read_object(read: Reader, offset: int, length: int, *, where: str) -> object
     Raises:
         CorruptFileError: BR302, not a record, or a pickle that asks for more than data.
     """
-    return unpickle_object(_Archive(read, offset, length, where).pickle(), where=where)
+    return unpickle_object(Archive(read, offset, length, where).pickle(), where=where)
