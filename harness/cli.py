@@ -27,7 +27,15 @@ from bridge.cli_options import (
     TrustRemoteCode,
 )
 from bridge.errors import BridgeError, LayoutError, UsageError
-from harness import cli_bench, cli_diff, cli_faults, cli_golden, cli_replay, cli_stream
+from harness import (
+    cli_bench,
+    cli_diff,
+    cli_faults,
+    cli_golden,
+    cli_qualify,
+    cli_replay,
+    cli_stream,
+)
 from harness.cli_run import Format, Report, Resume, Workdir, finish, print_ids, run_and_report
 from harness.cli_tools import DeviceName, DtypeName, LayersChoice, LayersName, Timeout
 
@@ -42,7 +50,7 @@ Select = Annotated[
 ListOnly = Annotated[
     bool, typer.Option("--list", "--dry-run", help="Print the ids of the cases; run nothing.")
 ]
-_COMMANDS = (cli_inspect, cli_bench, cli_diff, cli_faults, cli_golden, cli_replay)
+_COMMANDS = (cli_inspect, cli_bench, cli_diff, cli_faults, cli_golden, cli_qualify, cli_replay)
 """Modules that add commands of their own."""
 _ON_RANKS = ("parity", "verify")
 """Commands that torchrun's processes are ranks for; conversions share work by `bridge.crew`."""
