@@ -227,8 +227,8 @@ def look(job: Job, *, memory_budget: str, workdir: Path | None) -> str:
     walked = sum(one.num_parameters for one in segments)
     chosen = range(scope.spec.num_layers) if scope.blocks is None else scope.blocks
     return (
-        f"{choices.name}: {total / 1e9:.2f} billion parameters in {scope.spec.num_layers} blocks\n"
-        f"  at real dimensions: {walked / 1e9:.2f} billion parameters, blocks {ranges(chosen)}\n"
+        f"{choices.name}: {total:,} parameters in {scope.spec.num_layers} blocks\n"
+        f"  at real dimensions: {walked:,} of them, blocks {ranges(chosen)}\n"
         f"  on a twin of {len(scope.twin.layer_idx)} blocks: {_cases(scope)} cases over "
         f"{', '.join(scope.layouts)}; {len(scope.faults)} faults"
     )

@@ -110,10 +110,7 @@ def make_twin(name: str, config: Mapping[str, Any]) -> Twin:
     model = read_config(config)
     chosen = _blocks_kept(model)
     wanted = traits_of(model)
-    properties: tuple[Property, ...] = tuple(
-        (f"{trait}: {value}", lambda m, trait=trait, value=value: traits_of(m)[trait] == value)
-        for trait, value in wanted.items()
-    )
+    properties = tuple(_keeps(trait, value) for trait, value in wanted.items())
     lost: list[str] = list(wanted)
     for candidate in _candidates(config, model, chosen):
         try:
@@ -136,6 +133,10 @@ def make_twin(name: str, config: Mapping[str, Any]) -> Twin:
         where=lost,
         hint="qualify it by `verify` at its own size, and prove the checks on a toy: `faults`",
     )
+
+
+def _keeps(trait: str, value: object) -> Property:
+    return f"{trait}: {value}", lambda model: traits_of(model)[trait] == value
 
 
 # Which blocks
