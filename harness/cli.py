@@ -29,6 +29,7 @@ from bridge.cli_options import (
 from bridge.errors import BridgeError, LayoutError, UsageError
 from harness import (
     cli_bench,
+    cli_blocks,
     cli_diff,
     cli_faults,
     cli_golden,
@@ -251,6 +252,7 @@ def _verify_conversion(
 
 
 bridge.cli.full_verification = _verify_conversion
+bridge.cli.block_verification = cli_blocks.verify_blocks
 
 
 @app.command()
