@@ -178,6 +178,7 @@ def _derived_problems(directory: Path, data: Data, matrix: Data, scope: Scope) -
         yield f"inputs: of {', '.join(inputs)}"
     elif inputs[scope.choices.name]["config_sha256"] != sha256_of(directory / CONFIG_NAME):
         yield f"inputs: the run was of another {CONFIG_NAME}"
+    yield from _input_problems(inputs.get(scope.choices.name, {}), scope)
     for name, text in texts(data, scope.twin_config, matrix).items():
         try:
             same = (directory / name).read_text("utf-8") == text
@@ -189,6 +190,15 @@ def _derived_problems(directory: Path, data: Data, matrix: Data, scope: Scope) -
     text = texts(data, scope.twin_config, matrix)["twin.json"]
     if twin != hashlib.sha256(text.encode()).hexdigest():
         yield "inputs: the run was of another twin"
+
+
+def _input_problems(found: Data, scope: Scope) -> Iterator[str]:
+    if bool(found.get("weight_files")) != (scope.choices.weights == "checkpoint"):
+        kind = "of a checkpoint" if scope.choices.weights == "checkpoint" else "from no file"
+        yield f"inputs: weights {kind} are wanted"
+    if bool(found.get("megatron_files")) != scope.choices.paired:
+        wanted = "a" if scope.choices.paired else "no"
+        yield f"inputs: {wanted} Megatron checkpoint is wanted"
 
 
 def _matrix_problems(matrix: Data, scope: Scope) -> Iterator[str]:

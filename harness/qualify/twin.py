@@ -273,7 +273,7 @@ def _widths(model: Architecture, hidden: int, *, taken: set[int], by_mult: bool)
     least = 0
     for width in sorted({one.ffn_hidden_size for _, one in model.blocks if isinstance(one, Mlp)}):
         step, rest = (_RELEASED_STEP, 0) if by_mult else (4, width % 4)
-        count = max(1, round((width * hidden / model.hidden_size - rest) / step))
+        count = max(0 if rest else 1, round((width * hidden / model.hidden_size - rest) / step))
         while (smaller := count * step + rest) <= least or (
             smaller in taken and width != model.hidden_size
         ):
