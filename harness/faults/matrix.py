@@ -175,6 +175,7 @@ def run_matrix(
     workers: int | None = None,
     timeout: float = 120.0,
     full: bool = False,
+    enough_on_first: int | None = None,
     subjects: Mapping[str, Subject] | None = None,
     earlier: Sequence[Unit] = (),
     on_unit: Callable[[Unit, int], None] = lambda _unit, _total: None,
@@ -189,6 +190,8 @@ def run_matrix(
         workers: Processes; see `over_benches`.
         timeout: Seconds a case may take.
         full: Every check looks on every toy.
+        enough_on_first: Killers after which the others need not look on a fault's first toy either;
+            whether a check is needed then does not show.
         subjects: Models besides the toys that `toys` may name.
         earlier: Units that have been run before; theirs is not run again.
         on_unit: Called with each unit as it ends, and with how many there are.
@@ -224,7 +227,7 @@ def run_matrix(
     for name, toy, compute in wanted:
         if (name, toy, compute.dtype) in done:
             continue
-        enough = ENOUGH if (name, compute) in seen else None
+        enough = ENOUGH if (name, compute) in seen else enough_on_first
         arguments.append((name, toy, looking, compute, enough))
         if not full:
             seen.add((name, compute))

