@@ -45,7 +45,8 @@ def over_benches(
     """
     count = workers or min(_MOST, os.cpu_count() or 1)
     with (
-        tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as root,
+        # Processes that are ended on Ctrl-C may still write there: no reason for another error.
+        tempfile.TemporaryDirectory(prefix="nemotron-bridge-", ignore_cleanup_errors=True) as root,
         ProcessPoolExecutor(
             max(1, min(count, len(arguments))),
             mp_context=multiprocessing.get_context("spawn"),

@@ -53,12 +53,15 @@ def run_trial(
     path = directory / JOURNAL_NAME
     earlier = _kept(path, identity) if resume else []
     earlier = [one for one in earlier if one.fault in scope.faults]
-    with writing_into(directory), path.open("w", encoding="utf-8") as file:
+    with writing_into(directory):
+        file = path.open("w", encoding="utf-8")
+    with file:
 
         def keep(record: Mapping[str, Any]) -> None:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            with writing_into(directory):
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
         keep({"identity": identity})
         for unit in earlier:
