@@ -74,7 +74,10 @@ class BlockVerification(Protocol):
 class Outcome(Protocol):
     """What became of it."""
 
-    status: Literal["passed", "failed", "not run"]
+    @property
+    def status(self) -> Literal["passed", "failed", "not run"]:
+        """The verdict."""
+        ...
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -194,8 +194,8 @@ def _run(
     counts = data["qualification"]["faults"]
     console.print(
         f"{counts['killed']} of {counts['tried']} faults killed on a twin of "
-        f"{len(scope.twin.layer_idx)} blocks, {len(scope.nothing_to_spoil)} that such a model "
-        "cannot have",
+        f"{len(scope.twin.layer_idx)} blocks; {len(scope.nothing_to_spoil)} others have nothing "
+        "to spoil there",
         markup=False,
     )
     console.print(

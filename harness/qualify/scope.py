@@ -81,7 +81,8 @@ class Scope:
         blocks: Walked at real dimensions; None for all of them.
         cases: Of the model and of the twin.
         faults: That are tried on the twin.
-        nothing_to_spoil: Faults that a model of these traits cannot have.
+        nothing_to_spoil: Faults that a model of these traits cannot have, or that only records of
+            known models can tell.
     """
 
     choices: Choices
@@ -152,7 +153,11 @@ def scope_of(config: Mapping[str, Any], choices: Choices, *, where: str) -> Scop
     small = spec_from_hf_config(twin.toy.config, where=where)
     layouts = tuple(name for name in LAYOUTS if runs(small, name))
     real = (*WALKED_CHECKS, *((ROUND_TRIP,) if choices.weights == "checkpoint" else ()))
-    possible = [name for name, fault in CATALOGUE.items() if applicable(fault, small)]
+    possible = [
+        name
+        for name, fault in CATALOGUE.items()
+        if applicable(fault, small) and not fault.only_recorded
+    ]
     return Scope(
         choices=choices,
         spec=spec,

@@ -48,7 +48,7 @@ FORBIDDEN_TEXT = {
 }
 
 
-class _Unique(yaml.SafeLoader):
+class _Unique(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is not typed
     """Refuses repeated keys."""
 
 

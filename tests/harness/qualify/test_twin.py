@@ -49,7 +49,7 @@ def test_a_twin_is_read_alike_and_can_have_every_fault_that_its_original_can(
     assert [
         (type(real.blocks[idx].attention), type(real.blocks[idx].ffn)) for idx in made.layer_idx
     ] == [(type(block.attention), type(block.ffn)) for block in small.blocks]
-    assert {fault for fault, one in CATALOGUE.items() if applicable(one, real)} == {
+    assert {fault for fault, one in CATALOGUE.items() if applicable(one, real)} <= {
         fault for fault, one in CATALOGUE.items() if applicable(one, small)
     }
     assert (real.rope, real.layernorm_epsilon) == (small.rope, small.layernorm_epsilon)
