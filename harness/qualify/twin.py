@@ -19,6 +19,8 @@ from typing import Any, Final
 import numpy as np
 
 from bridge.errors import BridgeError, UnsupportedFieldError
+from bridge.hf_config import spec_from_hf_config
+from harness.faults import CATALOGUE, applicable
 from harness.oracle import Absent, Architecture, Attention, Mlp, Replaced, read_config
 from harness.toys import Toy
 from harness.toys.properties import Property, padded_vocab_sizes
@@ -111,13 +113,16 @@ def make_twin(name: str, config: Mapping[str, Any]) -> Twin:
     chosen = _blocks_kept(model)
     wanted = traits_of(model)
     properties = tuple(_keeps(trait, value) for trait, value in wanted.items())
+    spoilable = faults_of(config)
     lost: list[str] = list(wanted)
     for candidate in _candidates(config, model, chosen):
         try:
             found = traits_of(read_config(candidate))
+            missing = [trait for trait, value in wanted.items() if found[trait] != value]
+            lacking = set() if missing else spoilable - faults_of(candidate)
         except (BridgeError, ValueError, KeyError, ZeroDivisionError):
             continue
-        missing = [trait for trait, value in wanted.items() if found[trait] != value]
+        missing += [f"something that {name} spoils" for name in sorted(lacking)]
         if not missing:
             toy = Toy(
                 name=name,
@@ -133,6 +138,12 @@ def make_twin(name: str, config: Mapping[str, Any]) -> Twin:
         where=lost,
         hint="qualify it by `verify` at its own size, and prove the checks on a toy: `faults`",
     )
+
+
+def faults_of(config: Mapping[str, Any]) -> set[str]:
+    """The faults that a model can have; its twin must be able to have each of them."""
+    spec = spec_from_hf_config(config)
+    return {name for name, fault in CATALOGUE.items() if applicable(fault, spec)}
 
 
 def _keeps(trait: str, value: object) -> Property:

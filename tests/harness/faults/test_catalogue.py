@@ -71,7 +71,7 @@ def test_an_unknown_fault_is_refused_by_name() -> None:
 
 
 def other_model() -> ModelSpec:
-    """One that already has what the faults set: epsilon 1e-6, theta 10000, groups of four by four."""
+    """One that already has what the faults set: epsilon 1e-6, theta 10000, four groups of four."""
     block = BlockSpec(
         attention=GroupedQueryAttention(num_query_groups=4), ffn=SwiGLU(ffn_hidden_size=256)
     )

@@ -31,7 +31,7 @@ def models() -> Iterator[tuple[str, dict[str, Any]]]:
     for path in sorted((suites_dir() / "variants").glob("*.json")):
         yield path.stem, json.loads(path.read_text("utf-8"))
     yield from ((name, toy.config) for name, toy in TOYS.items())
-    for number, sample in enumerate(draw_samples(40, start=11)):
+    for number, sample in enumerate(draw_samples(25, start=11)):
         yield f"drawn-{number}", dict(sample.config)
 
 
