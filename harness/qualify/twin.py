@@ -122,7 +122,7 @@ def make_twin(name: str, config: Mapping[str, Any]) -> Twin:
             lacking = set() if missing else spoilable - faults_of(candidate)
         except (BridgeError, ValueError, KeyError, ZeroDivisionError):
             continue
-        missing += [f"something that {name} spoils" for name in sorted(lacking)]
+        missing += [f"something that {fault} spoils" for fault in sorted(lacking)]
         if not missing:
             toy = Toy(
                 name=name,
