@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import typer
 
@@ -38,6 +38,9 @@ from bridge.errors import EnvironmentMissingError
 from bridge.render import print_report
 from bridge.storage.remote import Location, parse_location
 
+if TYPE_CHECKING:
+    from bridge.conversion import ConversionReport
+
 app = typer.Typer(
     name="nemotron-bridge",
     help="Move Llama-Nemotron models between Hugging Face and Megatron-Core, and prove it right.",
@@ -63,9 +66,66 @@ class FullVerification(Protocol):
         ...
 
 
+class BlockVerification(Protocol):
+    """What `--verify auto` does after a conversion whose bits have been compared."""
+
+    def __call__(self, hf: Location, megatron: Location, *, carry: Collection[str]) -> Outcome:
+        """Compute with one block of each kind of the pair."""
+        ...
+
+
+class Outcome(Protocol):
+    """What became of it."""
+
+    @property
+    def status(self) -> Literal["passed", "failed", "not run"]:
+        """The verdict."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        ...
+
+    def lines(self) -> list[str]:
+        """For people."""
+        ...
+
+
 full_verification: FullVerification | None = None
 """Set by `harness.cli`. It raises `typer.Exit` with the harness's exit code when a check fails.
 """
+block_verification: BlockVerification | None = None
+"""Set by `harness.cli`; without it, bits are all that is compared."""
+
+
+def _finish(
+    report: ConversionReport,
+    verify: str,
+    hf: Location,
+    megatron: Location,
+    *,
+    trust_remote_code: bool,
+    carry: Collection[str] | None,
+    json_: bool,
+) -> None:
+    """Print what was done, and do what `--verify` adds to the comparison of bits."""
+    document = report.to_dict()
+    if not json_:
+        print_report(document, json_=False)
+    found = None
+    if verify == "auto" and block_verification is not None:
+        found = block_verification(hf, megatron, carry=carry or ())
+        document["block_parity"] = found.to_dict()
+    if json_:
+        print_report(document, json_=True)
+    elif found is not None:
+        for line in found.lines():
+            typer.echo(line)
+    if found is not None and found.status == "failed":
+        raise typer.Exit(1)
+    _verify_fully(
+        verify, hf, megatron, trust_remote_code=trust_remote_code, carry=carry, json_=json_
+    )
 
 
 def _verify_fully(
@@ -129,7 +189,7 @@ def import_(
     carry: CarryField = None,
     json_: Json = False,
 ) -> None:
-    """Convert Hugging Face to Megatron torch_dist, and read it back bit by bit.
+    """Convert Hugging Face to Megatron torch_dist, read it back bit by bit, and compute with it.
 
     The result loads at any TP and PP; the sizes given here only cut its files for those ranks.
     """
@@ -161,9 +221,8 @@ def import_(
         )
     if crew.rank:
         return
-    print_report(report.to_dict(), json_=json_)
-    _verify_fully(
-        verify, hf, megatron, trust_remote_code=trust_remote_code, carry=carry, json_=json_
+    _finish(
+        report, verify, hf, megatron, trust_remote_code=trust_remote_code, carry=carry, json_=json_
     )
 
 
@@ -200,7 +259,7 @@ def export(
     carry: CarryField = None,
     json_: Json = False,
 ) -> None:
-    """Convert Megatron torch_dist to Hugging Face, and read it back bit by bit.
+    """Convert Megatron torch_dist to Hugging Face, read it back bit by bit, and compute with it.
 
     A checkpoint that `import` made gives back the source directory, each file byte for byte.
     """
@@ -232,14 +291,8 @@ def export(
         )
     if crew.rank:
         return
-    print_report(report.to_dict(), json_=json_)
-    _verify_fully(
-        verify,
-        hf,
-        megatron,
-        trust_remote_code=trust_remote_code,
-        carry=carry,
-        json_=json_,
+    _finish(
+        report, verify, hf, megatron, trust_remote_code=trust_remote_code, carry=carry, json_=json_
     )
 
 

@@ -89,11 +89,13 @@ CarryField = Annotated[
     typer.Option("--carry-field", help="Let an unknown configuration field through. Repeatable."),
 ]
 Verify = Annotated[
-    Literal["auto", "full", "none"],
+    Literal["auto", "full", "bits", "none"],
     typer.Option(
         "--verify",
-        help="auto: read the target back and compare every bit. full: then also run `verify` on "
-        "it, placement and logits over real ranks included.",
+        help="bits: read the target back and compare every bit. auto: then also compute with one "
+        "block of each kind, the smallest first, as far as half a minute of work goes; what is "
+        "left out is said. full: after the bits, run `verify`, placement and logits over real "
+        "ranks included.",
     ),
 ]
 TrustRemoteCode = Annotated[

@@ -32,10 +32,12 @@ from bridge.cli_options import (
 from bridge.errors import BridgeError, LayoutError, UsageError
 from harness import (
     cli_bench,
+    cli_blocks,
     cli_diff,
     cli_explain,
     cli_faults,
     cli_golden,
+    cli_qualify,
     cli_replay,
     cli_stream,
 )
@@ -54,7 +56,8 @@ ListOnly = Annotated[
     bool, typer.Option("--list", "--dry-run", help="Print the ids of the cases; run nothing.")
 ]
 _COMMANDS = (
-    cli_inspect, cli_generate, cli_bench, cli_diff, cli_explain, cli_faults, cli_golden, cli_replay,
+    cli_inspect, cli_generate, cli_bench, cli_diff, cli_explain, cli_faults, cli_golden,
+    cli_qualify, cli_replay,
 )  # fmt: skip
 """Modules that add commands of their own."""
 _ON_RANKS = ("parity", "verify")
@@ -256,6 +259,7 @@ def _verify_conversion(
 
 
 bridge.cli.full_verification = _verify_conversion
+bridge.cli.block_verification = cli_blocks.verify_blocks
 
 
 @app.command()

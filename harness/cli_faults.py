@@ -18,7 +18,7 @@ from harness.cli_tools import DtypeName
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from harness.faults.matrix import Matrix
+    from harness.faults.units import Matrix
 
 Workers = Annotated[
     int | None,

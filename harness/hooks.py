@@ -29,6 +29,8 @@ class Fault:
         stands_for: The real bug it stands for, one sentence.
         applies: Whether a model has what it spoils; None for any model.
         local_only: It comes in where only Megatron-Core's own layers pass.
+        only_recorded: All is right in itself, and other than what is on record: nothing can tell
+            but the goldens of known models.
         spec: The bridge understands the configuration differently.
         code: The bridge's code is different: entered around every conversion in this process and
             around every function in a rank.
@@ -44,6 +46,7 @@ class Fault:
     stands_for: str = ""
     applies: Callable[[ModelSpec], bool] | None = None
     local_only: bool = False
+    only_recorded: bool = False
     spec: Callable[[ModelSpec], ModelSpec] | None = None
     code: CodeChange | None = None
     rank: Hook | None = None

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from bridge.errors import LayoutError
-from bridge.pipeline import parse_layout, plan_layout
+from bridge.errors import BridgeError, LayoutError
+from bridge.pipeline import parse_layout, plan_layout, refuse_broken_layout
 from bridge.spec import ModelSpec, ParallelLayout
 from harness.errors import SuiteError
 from harness.locations import suites_dir
@@ -102,5 +102,14 @@ def fits(name: str, spec: ModelSpec) -> bool:
     try:
         resolve_layout(name, spec)
     except LayoutError:
+        return False
+    return True
+
+
+def runs(spec: ModelSpec, name: str) -> bool:
+    """Whether Megatron-Core can build and run this model in this layout."""
+    try:
+        refuse_broken_layout(spec, resolve_layout(name, spec))
+    except BridgeError:
         return False
     return True

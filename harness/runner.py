@@ -163,7 +163,7 @@ def run_case(case: Case, bench: Bench) -> Result:
         return Result(case=case, status="not run", reason=STREAMED)
     started = time.monotonic()
     try:
-        finding = CHECKS[case.check].run(case, bench)
+        finding = CHECKS[case.check].run(case, bench.answering(case))
     except (RanksUnavailableError, ReferenceUnavailableError) as error:
         reason = RANKS if isinstance(error, RanksUnavailableError) else NO_REFERENCE
         return Result(

@@ -15,8 +15,6 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from bridge.errors import BridgeError
-from bridge.pipeline import refuse_broken_layout
 from bridge.spec import ModelSpec, ParallelLayout
 from harness.errors import SuiteError
 from harness.features import (
@@ -27,7 +25,7 @@ from harness.features import (
     features_of_layout,
     features_of_spec,
 )
-from harness.layouts import resolve_layout
+from harness.layouts import resolve_layout, runs
 from harness.strategies import DrawnConfig, hf_configs, parallel_layouts
 
 MAX_WORLD_SIZE: Final = 4
@@ -93,15 +91,6 @@ def spell(layout: ParallelLayout) -> str:
     if layout.pipeline_model_parallel_size == 1:
         return layout.name
     return f"{layout.name}-l{'.'.join(map(str, layout.num_layers_per_stage))}"
-
-
-def runs(spec: ModelSpec, name: str) -> bool:
-    """Whether Megatron-Core can build and run this model in this layout."""
-    try:
-        refuse_broken_layout(spec, resolve_layout(name, spec))
-    except BridgeError:
-        return False
-    return True
 
 
 @st.composite

@@ -22,8 +22,9 @@ from bridge.spec import (
 )
 from harness.config_forms import WIDTH_STEP, write_config
 from harness.errors import SuiteError
+from harness.layouts import runs
 from harness.replay import Replay, save_replay
-from harness.samples import Sample, runs, spell
+from harness.samples import Sample, spell
 
 DEFAULT_TRIES: Final = 200
 _LEAST_VOCAB: Final = 3

@@ -6,13 +6,13 @@ import multiprocessing
 import multiprocessing.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Final
 
-from harness.bench import Bench
+from harness.bench import Bench, Subject
 from harness.errors import WorkerFailedError
 
 _MOST: Final = 8
@@ -26,6 +26,7 @@ def over_benches(
     *,
     workers: int | None = None,
     timeout: float,
+    subjects: Mapping[str, Subject] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Call `function(bench, *arguments[i])` for every i, several at a time.
 
@@ -34,6 +35,7 @@ def over_benches(
         arguments: One tuple per call.
         workers: Processes; None for one per core, at most eight.
         timeout: Seconds that one case may keep ranks busy.
+        subjects: Models under test besides the toys, by name.
 
     Yields:
         (i, result), in the order in which calls end.
@@ -43,12 +45,13 @@ def over_benches(
     """
     count = workers or min(_MOST, os.cpu_count() or 1)
     with (
-        tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as root,
+        # Processes that are ended on Ctrl-C may still write there: no reason for another error.
+        tempfile.TemporaryDirectory(prefix="nemotron-bridge-", ignore_cleanup_errors=True) as root,
         ProcessPoolExecutor(
             max(1, min(count, len(arguments))),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_enter,
-            initargs=(root, timeout),
+            initargs=(root, timeout, dict(subjects or {})),
         ) as pool,
     ):
         futures: dict[Future[Any], int] = {
@@ -66,12 +69,13 @@ def over_benches(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _enter(root: str, timeout: float) -> None:
+def _enter(root: str, timeout: float, subjects: Mapping[str, Subject]) -> None:
     global _bench  # noqa: PLW0603 - a process of a pool has nowhere else to keep things
     import torch
 
     torch.set_num_threads(1)
-    _bench = Bench(Path(tempfile.mkdtemp(prefix="worker-", dir=root)), timeout=timeout)
+    workdir = Path(tempfile.mkdtemp(prefix="worker-", dir=root))
+    _bench = Bench(workdir, subjects=subjects, timeout=timeout)
     # A process of a pool runs no atexit handlers, and joins its children: end the ranks before.
     multiprocessing.util.Finalize(None, _bench.close, exitpriority=100)
 

@@ -39,7 +39,7 @@ def measure_export(work: Workspace) -> list[Measurement]:
 
 def _by_cache(work: Workspace, direction: Direction) -> list[Measurement]:
     size = work.profile.main_size
-    verified = _conversion(work, direction, size, verify="auto")
+    verified = _conversion(work, direction, size, verify="bits")
     plain = _conversion(work, direction, size)
     copies = [_copy(work, direction, size), _copy(work, direction, size, on_disk=True)]
     return [
@@ -64,7 +64,7 @@ def measure_budgets(work: Workspace) -> list[Measurement]:
     size, found = work.profile.main_size, []
     for budget in work.profile.budgets:
         trials = [
-            _conversion(work, direction, size, verify="auto", budget=budget)
+            _conversion(work, direction, size, verify="bits", budget=budget)
             for direction in DIRECTIONS
         ]
         found += _measure(work, "budgets", trials, size=size, budget=budget)
@@ -101,7 +101,7 @@ def _conversion(
     direction: Direction,
     size: int,
     *,
-    verify: Literal["auto", "none"] = "none",
+    verify: Literal["bits", "none"] = "none",
     budget: int = DEFAULT_MEMORY_BUDGET,
     workers: int | None = None,
 ) -> Trial:

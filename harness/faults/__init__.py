@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from bridge.errors import BridgeError
 from bridge.spec import ModelSpec
 from harness.errors import SuiteError
 from harness.faults import (
@@ -45,5 +46,10 @@ def fault_named(name: str) -> Fault:
 
 
 def applicable(fault: Fault, spec: ModelSpec) -> bool:
-    """Whether a model has what the fault spoils."""
-    return fault.applies is None or fault.applies(spec)
+    """Whether a model has what the fault spoils; what is read as it stands is not spoilt."""
+    if fault.applies is not None and not fault.applies(spec):
+        return False
+    try:
+        return fault.spec is None or fault.spec(spec) != spec
+    except BridgeError:
+        return True  # another model, and one that makes no sense

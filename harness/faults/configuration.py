@@ -36,14 +36,16 @@ def plain_rope(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, rope=RopeSpec(rotary_base=spec.rope.rotary_base))
 
 
-def theta(value: float, spec: ModelSpec) -> ModelSpec:
-    """Another base."""
-    return dataclasses.replace(spec, rope=dataclasses.replace(spec.rope, rotary_base=value))
+def theta(value: float, other: float, spec: ModelSpec) -> ModelSpec:
+    """The base is `value`, or `other` where it was that already."""
+    wanted = other if spec.rope.rotary_base == value else value
+    return dataclasses.replace(spec, rope=dataclasses.replace(spec.rope, rotary_base=wanted))
 
 
-def epsilon(value: float, spec: ModelSpec) -> ModelSpec:
-    """Another norm epsilon."""
-    return dataclasses.replace(spec, layernorm_epsilon=value)
+def epsilon(value: float, other: float, spec: ModelSpec) -> ModelSpec:
+    """The norm epsilon is `value`, or `other` where it was that already."""
+    wanted = other if spec.layernorm_epsilon == value else value
+    return dataclasses.replace(spec, layernorm_epsilon=wanted)
 
 
 def untie(spec: ModelSpec) -> ModelSpec:
@@ -167,9 +169,9 @@ FAULTS: Final = (
     _config(name="rope-plain", stands_for="rope_scaling dropped: a transformers 5 file read by 4",
             applies=traits.is_scaled, spec=plain_rope),
     _config(name="rope-theta", stands_for="rope_theta at transformers' default of 10000",
-            applies=traits.has_attention, spec=partial(theta, 10000.0)),
+            applies=traits.has_attention, spec=partial(theta, 10000.0, 500000.0)),
     _config(name="norm-eps", stands_for="rms_norm_eps at another framework's default of 1e-6",
-            spec=partial(epsilon, 1e-6)),
+            spec=partial(epsilon, 1e-6, 1e-5)),
     _config(name="tie-inverted", stands_for="tie_word_embeddings defaulting to the other value",
             spec=untie),
     _config(name="groups-of-first-block", stands_for="num_query_groups taken from block 0 for all",

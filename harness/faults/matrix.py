@@ -14,14 +14,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import UsageError
-from harness.bench import Bench
+from harness.bench import BASE_LAYOUT, Bench, Subject
 from harness.checks import CHECKS
 from harness.faults import CATALOGUE, applicable, fault_named
+from harness.faults.units import Matrix, Unit
 from harness.hooks import Fault, seams_of
 from harness.layouts import fits
 from harness.runner import Result, in_running_order, run_case
@@ -32,6 +32,7 @@ DEFAULT_TOYS: Final = ("51b", "super-49b-v1_5", "tied")
 ENOUGH: Final = 2
 """Killers after which a unit may end."""
 _MAIN: Final = "tp2-pp2-vp2"
+_SMALLER: Final = ("tp2-pp2", "tp1-pp2-vp2", "tp2-pp1", "tp1-pp2", "tp1-pp1")
 MATRIX_CASES: Final[Sequence[tuple[str, str | None, str | None]]] = (
     ("config", None, None),
     ("round_trip", "tp1-pp1", None),
@@ -54,135 +55,25 @@ MATRIX_CASES: Final[Sequence[tuple[str, str | None, str | None]]] = (
 """(check, layout, probe): TP, PP and VPP at once, one rank alone, and sequence parallelism."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """One fault on one toy in one dtype, and what became of its cases."""
-
-    fault: str
-    toy: str
-    killed_by: tuple[str, ...]
-    """Checks that failed or refused."""
-    first: str
-    """What the first of them said."""
-    checks: tuple[str, ...]
-    """Checks that looked."""
-    seconds: float
-    seconds_by_check: Mapping[str, float] = field(default_factory=dict)
-    dtype: str = "float32"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Matrix:
-    """All units of a run."""
-
-    units: Sequence[Unit]
-    checks: Sequence[str]
-    seconds: float
-    faults: Sequence[str] = field(default_factory=tuple)
-
-    @property
-    def dtypes(self) -> list[str]:
-        """What faults were tried in."""
-        return list(dict.fromkeys(unit.dtype for unit in self.units))
-
-    @property
-    def killed_by(self) -> dict[str, list[str]]:
-        """Per fault the checks that killed it on some toy, in the order of the registry."""
-        return self.killed_in(None)
-
-    def killed_in(self, dtype: str | None) -> dict[str, list[str]]:
-        """The same in one dtype; None for any of them."""
-        found: dict[str, set[str]] = {name: set() for name in self.faults}
-        for unit in self.units:
-            if dtype in (None, unit.dtype):
-                found[unit.fault].update(unit.killed_by)
-        return {
-            name: [check for check in self.checks if check in killers]
-            for name, killers in found.items()
-        }
-
-    @property
-    def survivors(self) -> list[str]:
-        """Faults that some toy let through in every dtype, and those that no toy was there for."""
-        killers = self._killers
-        alive = {fault for (fault, _), found in killers.items() if not found}
-        tried = {fault for fault, _ in killers}
-        return [name for name in self.faults if name in alive or name not in tried]
-
-    @property
-    def idle_checks(self) -> list[str]:
-        """Checks that killed nothing."""
-        busy = {check for killers in self.killed_by.values() for check in killers}
-        return [check for check in self.checks if check not in busy]
-
-    @property
-    def indispensable(self) -> dict[str, list[str]]:
-        """Per check the faults that would survive somewhere without it."""
-        found: dict[str, list[str]] = {check: [] for check in self.checks}
-        for (fault, _), killers in self._killers.items():
-            if len(killers) == 1:
-                (check,) = killers
-                if fault not in found[check]:
-                    found[check].append(fault)
-        return found
-
-    @property
-    def _killers(self) -> dict[tuple[str, str], set[str]]:
-        """What killed a fault on a toy, in whichever dtype."""
-        found: dict[tuple[str, str], set[str]] = {}
-        for unit in self.units:
-            found.setdefault((unit.fault, unit.toy), set()).update(unit.killed_by)
-        return found
-
-    @property
-    def redundant_checks(self) -> list[str]:
-        """Checks without which nothing would survive."""
-        return [check for check, faults in self.indispensable.items() if not faults]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `nemotron-bridge faults --json` prints it."""
-        return {
-            "faults": list(self.faults),
-            "checks": list(self.checks),
-            "killed_by": self.killed_by,
-            "killed_by_dtype": {dtype: self.killed_in(dtype) for dtype in self.dtypes},
-            "survivors": self.survivors,
-            "idle_checks": self.idle_checks,
-            "redundant_checks": self.redundant_checks,
-            "only_killed_by": self.indispensable,
-            "toys": sorted({unit.toy for unit in self.units}),
-            "families": {name: CATALOGUE[name].family for name in self.faults},
-            "stands_for": {name: CATALOGUE[name].stands_for for name in self.faults},
-            "seconds_by_check": {
-                check: round(sum(unit.seconds_by_check.get(check, 0.0) for unit in self.units), 1)
-                for check in self.checks
-            },
-            "units": [
-                {
-                    "fault": unit.fault,
-                    "toy": unit.toy,
-                    "dtype": unit.dtype,
-                    "killed_by": list(unit.killed_by),
-                    "looked": list(unit.checks),
-                    "first": unit.first,
-                    "seconds": round(unit.seconds, 3),
-                }
-                for unit in self.units
-            ],
-            "seconds": round(self.seconds, 1),
-        }
-
-
 def cases_for(
     toy: str, bench: Bench, checks: Sequence[str], *, compute: Compute = ON_CPU
 ) -> list[Case]:
-    """The matrix's cases that a toy can be cut into."""
-    found = [
-        compute.case(check, toy, layout=layout, probe=probe)
-        for check, layout, probe in MATRIX_CASES
-        if check in checks
-    ]
-    return [case for case in found if case.layout is None or fits(case.layout, bench.spec(case))]
+    """The matrix's cases that a toy can be cut into; a smaller layout stands in for the main one.
+
+    A model of three layers, or of an odd number of heads, has no part in some dimension of it.
+    """
+    found = []
+    for check, layout, probe in MATRIX_CASES:
+        if check not in checks:
+            continue
+        for name in (_MAIN, *_SMALLER) if layout == _MAIN else (layout,):
+            if (check, name) == ("layouts", BASE_LAYOUT):
+                continue  # against itself
+            case = compute.case(check, toy, layout=name, probe=probe)
+            if name is None or fits(name, bench.spec(case)):
+                found.append(case)
+                break
+    return list(dict.fromkeys(found))
 
 
 def results_under(
@@ -284,6 +175,9 @@ def run_matrix(
     workers: int | None = None,
     timeout: float = 120.0,
     full: bool = False,
+    enough_on_first: int | None = None,
+    subjects: Mapping[str, Subject] | None = None,
+    earlier: Sequence[Unit] = (),
     on_unit: Callable[[Unit, int], None] = lambda _unit, _total: None,
 ) -> tuple[Matrix, list[str]]:
     """Run faults against checks; those of local layers only where there are some.
@@ -296,6 +190,10 @@ def run_matrix(
         workers: Processes; see `over_benches`.
         timeout: Seconds a case may take.
         full: Every check looks on every toy.
+        enough_on_first: Killers after which the others need not look on a fault's first toy either;
+            whether a check is needed then does not show.
+        subjects: Models besides the toys that `toys` may name.
+        earlier: Units that have been run before; theirs is not run again.
         on_unit: Called with each unit as it ends, and with how many there are.
 
     Returns:
@@ -313,7 +211,7 @@ def run_matrix(
             f"{', '.join(faults)} comes in at local layers only",
             hint="give --layers local",
         )
-    applying = [(name, toy) for name in names for toy in toys if applies(name, toy)]
+    applying = [(name, toy) for name in names for toy in toys if applies(name, toy, subjects or {})]
     wanted = [
         (name, toy, compute)
         for compute in computes
@@ -323,22 +221,28 @@ def run_matrix(
     arguments: list[tuple[Any, ...]] = [
         (None, toy, looking, compute, None) for compute in computes for toy in toys
     ]
+    done = {(one.fault, one.toy, one.dtype): one for one in earlier}
+    units = [one for name, toy, compute in wanted if (one := done.get((name, toy, compute.dtype)))]
     seen: set[tuple[str, Compute]] = set()
     for name, toy, compute in wanted:
-        enough = ENOUGH if (name, compute) in seen else None
+        if (name, toy, compute.dtype) in done:
+            continue
+        enough = ENOUGH if (name, compute) in seen else enough_on_first
         arguments.append((name, toy, looking, compute, enough))
         if not full:
             seen.add((name, compute))
-    units: dict[int, Unit] = {}
     alarms: list[str] = []
-    for number, found in over_benches(_unit, arguments, workers=workers, timeout=timeout):
+    for _, found in over_benches(
+        _unit, arguments, workers=workers, timeout=timeout, subjects=subjects
+    ):
         if isinstance(found, Unit):
-            units[number] = found
+            units.append(found)
             on_unit(found, len(wanted))
         else:
             alarms += found
+    order = {(name, toy, compute.dtype): place for place, (name, toy, compute) in enumerate(wanted)}
     matrix = Matrix(
-        units=[units[number] for number in sorted(units)],
+        units=sorted(units, key=lambda one: order[one.fault, one.toy, one.dtype]),
         checks=looking,
         faults=names,
         seconds=time.monotonic() - started,
@@ -346,9 +250,13 @@ def run_matrix(
     return matrix, alarms
 
 
-def applies(name: str, toy: str) -> bool:
-    """Whether a fault has something to spoil on a toy."""
+def applies(name: str, toy: str, subjects: Mapping[str, Subject] | None = None) -> bool:
+    """Whether a fault has something to spoil on a toy, or on a model that is given."""
+    from bridge.convert import read_spec
     from bridge.hf_config import spec_from_hf_config
     from harness.toys import toy_named
 
+    given = (subjects or {}).get(toy)
+    if given is not None and given.hf is not None:
+        return applicable(fault_named(name), read_spec(given.hf))
     return applicable(fault_named(name), spec_from_hf_config(toy_named(toy).config))

@@ -42,10 +42,10 @@ def rounded_frequencies(model: Any) -> None:  # noqa: ANN401 - as above
 
 
 def other_epsilon(model: Any) -> None:  # noqa: ANN401 - as above
-    """The norms' default epsilon."""
+    """The norms' default epsilon, or another where it is that one."""
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = 1e-6
+            module.variance_epsilon = 1e-5 if module.variance_epsilon == 1e-6 else 1e-6
 
 
 def gelu(model: Any) -> None:  # noqa: ANN401 - as above
@@ -84,9 +84,9 @@ def skipped_block(model: Any) -> None:  # noqa: ANN401 - as above
             return
 
 
-def config_with(changes: Config, config: Config) -> Config:
-    """The oracle reads other values."""
-    return config | changes
+def config_epsilon(config: Config) -> Config:
+    """The oracle reads another epsilon."""
+    return config | {"rms_norm_eps": 1e-3 if config["rms_norm_eps"] == 1e-4 else 1e-4}
 
 
 def config_factor(config: Config) -> Config:
@@ -127,9 +127,10 @@ FAULTS: Final = (
                stands_for="remote code under transformers 4.57: wrong tokens with a cache",
                applies=traits.has_attention, reference=crossed_cache),
     _reference(name="oracle-epsilon", stands_for="an oracle with another epsilon",
-               oracle=partial(config_with, {"rms_norm_eps": 1e-4})),
+               oracle=config_epsilon),
     _reference(name="oracle-rope-factor", stands_for="an oracle with another RoPE factor",
                applies=traits.is_scaled, oracle=config_factor),
     _reference(name="random-stream-moved", stands_for="a NumPy whose Philox stream changed",
+               only_recorded=True,
                code=Replaced("bridge.storage.philox", "word_stream", other_stream)),
 )  # fmt: skip

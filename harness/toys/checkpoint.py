@@ -96,8 +96,9 @@ def side_files(toy: Toy) -> dict[str, bytes]:
     They are valid for their readers, and no JSON library would write these bytes: CRLF, trailing
     blanks, escapes beside raw UTF-8, no final newline. So re-encoding one shows.
     """
-    vocab_size, bos = toy.config["vocab_size"], toy.config["bos_token_id"]
-    ends = toy.config["eos_token_id"]
+    vocab_size = toy.config["vocab_size"]
+    bos, ends = toy.config.get("bos_token_id") or 0, toy.config.get("eos_token_id") or 0
+    ends = ends if isinstance(ends, list) else [ends]
     words = {f"w{token}": token for token in range(vocab_size)}
     tokenizer: dict[str, Any] = {
         "version": "1.0",

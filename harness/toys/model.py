@@ -33,7 +33,8 @@ class Toy:
         name: Id, as in test ids and `toy:NAME`.
         stands_for: The checkpoint or feature it represents, in words.
         config: Its `config.json`.
-        properties: What it must keep; checked when it is built, with those of every toy.
+        properties: What it must keep; checked when it is built.
+        common: What it must keep besides, by default what every toy does.
 
     Raises:
         InconsistentConfigError: BR104, the toy lost a property; all lost ones are named.
@@ -43,13 +44,12 @@ class Toy:
     stands_for: str
     config: Config
     properties: tuple[Property, ...]
+    common: tuple[Property, ...] = COMMON_PROPERTIES
 
     def __post_init__(self) -> None:
         """Hold the configuration to every claim."""
         model = self.architecture
-        lost = [
-            claim for claim, holds in (*COMMON_PROPERTIES, *self.properties) if not holds(model)
-        ]
+        lost = [claim for claim, holds in (*self.common, *self.properties) if not holds(model)]
         if lost:
             raise InconsistentConfigError(
                 f"toy {self.name} no longer has what it stands for",

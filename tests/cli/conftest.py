@@ -27,6 +27,15 @@ class Run(Protocol):
         ...
 
 
+@pytest.fixture(autouse=True)
+def bits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--verify auto` compares bits and no more: these tests are about other things.
+
+    What it adds is in `test_block_parity.py`.
+    """
+    monkeypatch.setattr("bridge.cli.block_verification", None)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run a command line through the entry point, in this process."""

@@ -64,7 +64,7 @@ def measurements() -> list[Measurement]:
         ]  # fmt: skip
     found += [
         Measurement(
-            group="budgets", name="import --verify auto",
+            group="budgets", name="import --verify bits",
             conditions={
                 "size_bytes": 8 * 10**9, "cache": "warm", "memory_budget_bytes": 128 << 20
             },

@@ -33,10 +33,10 @@ def test_import_is_measured_warm_and_cold_beside_two_copies(
     monkeypatch.setattr(profile, "RATIOS_FROM_BYTES", SIZE)
     found = conversions.measure_import(toys)
     warm = [one.name for one in found if one.conditions["cache"] == "warm"]
-    assert warm == ["cp -r", "import --verify none", "cp -r, on disk", "import --verify auto"]
+    assert warm == ["cp -r", "import --verify none", "cp -r, on disk", "import --verify bits"]
     assert {one.status for one in found} <= {"measured", "not run"}
     by_name = named(found)
-    plain, verified = by_name["import --verify none"], by_name["import --verify auto"]
+    plain, verified = by_name["import --verify none"], by_name["import --verify bits"]
     assert "verify_seconds" not in plain.values
     assert verified.values["verify_seconds"] > 0
     assert {one.name for one in plain.limits} == {"peak_rss_bytes", "ratio_to_cp"}
@@ -54,7 +54,7 @@ def test_a_small_checkpoint_is_held_to_no_ratio(toys: Workspace) -> None:
 def test_budgets_set_the_limit_of_memory(toys: Workspace) -> None:
     """Half a GiB above 128 MiB, for both directions."""
     found = conversions.measure_budgets(toys)
-    assert [one.name for one in found] == ["import --verify auto", "export --verify auto"]
+    assert [one.name for one in found] == ["import --verify bits", "export --verify bits"]
     for one in found:
         assert one.status == "measured", one.reason
         (limit,) = [limit for limit in one.limits if limit.name == "peak_rss_bytes"]

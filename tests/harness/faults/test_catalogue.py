@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from bridge.hf_config import spec_from_hf_config
-from bridge.spec import ModelSpec
+from bridge.spec import BlockSpec, GroupedQueryAttention, ModelSpec, RopeSpec, SwiGLU
 from harness.errors import SuiteError
 from harness.faults import CATALOGUE, applicable, fault_named
 from harness.faults.matrix import DEFAULT_TOYS
@@ -68,3 +68,36 @@ def test_an_unknown_fault_is_refused_by_name() -> None:
     with pytest.raises(SuiteError, match="no fault is called 'nonsense'") as caught:
         fault_named("nonsense")
     assert "--list" in (caught.value.hint or "")
+
+
+def other_model() -> ModelSpec:
+    """One that already has what the faults set: epsilon 1e-6, theta 10000, four groups of four."""
+    block = BlockSpec(
+        attention=GroupedQueryAttention(num_query_groups=4), ffn=SwiGLU(ffn_hidden_size=256)
+    )
+    return ModelSpec(
+        hidden_size=128, num_attention_heads=16, kv_channels=8, vocab_size=301,
+        max_position_embeddings=4096, layernorm_epsilon=1e-6, rope=RopeSpec(rotary_base=10000.0),
+        share_embeddings_and_output_weights=False, params_dtype="float32", blocks=(block, block),
+        heterogeneous_block_specs=True,
+    )  # fmt: skip
+
+
+def test_no_fault_of_the_configuration_leaves_a_model_as_it_is() -> None:
+    """A mistake that a model happens to be right about is another mistake there, or none."""
+    spec = other_model()
+    applying = [
+        fault for fault in CATALOGUE.values() if fault.spec is not None and applicable(fault, spec)
+    ]
+    assert {"norm-eps", "rope-theta"} <= {fault.name for fault in applying}
+    assert "groups-for-group-size" not in {fault.name for fault in applying}
+    for fault in applying:
+        assert fault.spec is not None
+        assert fault.spec(spec) != spec, fault.name
+
+
+def test_only_what_goldens_alone_kill_is_left_to_them() -> None:
+    """A model without records is tried on all others."""
+    assert {name for name, fault in CATALOGUE.items() if fault.only_recorded} == {
+        "random-stream-moved"
+    }

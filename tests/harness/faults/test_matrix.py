@@ -10,7 +10,8 @@ import pytest
 
 from harness.bench import Bench
 from harness.checks import CHECKS
-from harness.faults.matrix import Matrix, Unit, cases_for, run_unit
+from harness.faults.matrix import cases_for, run_unit
+from harness.faults.units import Matrix, Unit
 from harness.hooks import SEAMS, Fault
 from harness.runner import run_case
 from harness.suite import ON_CPU

@@ -1,0 +1,382 @@
+"""The shrunk twin of an architecture: the same kinds of blocks in the same order, small sizes.
+
+Faults, layouts and gradients need whole models on several ranks, and hundreds of runs. A published
+variant is too large for that and a toy of another variant would prove another model. The twin is
+cut from the configuration in question: a part of its blocks, none moved, and the smallest sizes at
+which every trait below is the original's. It is built as a toy, so a twin that has lost a trait
+cannot be built.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from bridge.errors import BridgeError, UnsupportedFieldError
+from bridge.hf_config import spec_from_hf_config
+from harness.faults import CATALOGUE, applicable
+from harness.oracle import Absent, Architecture, Attention, Mlp, Replaced, read_config
+from harness.toys import Toy
+from harness.toys.properties import Property, padded_vocab_sizes
+
+Config = dict[str, Any]
+_FEWEST_BLOCKS: Final = 6
+"""Kept where the original has them: virtual stages on two pipeline ranks, and an uneven split."""
+_CHANNELS: Final = (8, 12, 16, 24, 32, 48, 64, 96, 128)
+_VOCAB_STEP: Final = 512
+"""Vocabularies that differ by multiples of it are padded alike at TP 1, 2 and 4."""
+_RELEASED_STEP: Final = 256
+"""What `ffn_mult` rounds widths up to."""
+_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SEARCHED: Final = 16
+"""Vocabularies tried at one head size until no two dimensions coincide by luck."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Twin:
+    """A small model and where its blocks come from.
+
+    Args:
+        toy: The model.
+        layer_idx: For each of its blocks the original's, increasing.
+    """
+
+    toy: Toy
+    layer_idx: tuple[int, ...]
+
+
+def traits_of(model: Architecture) -> dict[str, object]:
+    """What a twin shares with its original, in words, and what it is.
+
+    Each is a plain value; equal traits mean equal values. Sizes appear as ratios, as ranks or by
+    what they divide, never as themselves.
+    """
+    groups = [one.num_query_groups for one, _ in model.blocks if isinstance(one, Attention)]
+    widths = [one.ffn_hidden_size for _, one in model.blocks if isinstance(one, Mlp)]
+    kinds = [(type(one).__name__, type(other).__name__) for one, other in model.blocks]
+    heads, rows = model.num_attention_heads, model.num_attention_heads * model.kv_channels
+    ranks = _ranked(model)
+    padded = padded_vocab_sizes(model)
+    return {
+        "the kinds of blocks, by first appearance": list(dict.fromkeys(kinds)),
+        "which kind of block follows which": sorted(set(itertools.pairwise(kinds))),
+        "the first block and the last": [kinds[0], kinds[-1]],
+        "distinct blocks by first appearance, sizes by rank": list(dict.fromkeys(ranks)),
+        "one distinct block or several, one layer or more": [
+            len(set(ranks)) > 1, len(ranks) > 1,
+        ],
+        "two blocks share a feed-forward width": len(set(widths)) < len(widths),
+        "query heads that share a key head, by first appearance": list(
+            dict.fromkeys(heads // count for count in groups)
+        ),
+        "blocks with one query group, with several": [
+            1 in groups, any(count > 1 for count in groups),
+        ],
+        "heads x head_dim against hidden_size": int(np.sign(rows - model.hidden_size)),
+        "what TP 2 and 4 divide: heads, hidden_size, every width": [
+            size % tp == 0
+            for tp in (2, 4)
+            for size in (heads, model.hidden_size, math.gcd(*widths, 0))
+        ],
+        "whether TP 2 divides the query groups": [
+            bool(groups) and count % 2 == 0 for count in dict.fromkeys(groups)
+        ],
+        "vocabulary rows are padded at TP 1, 2 and 4": [
+            size > model.vocab_size for size in padded
+        ],
+        "output layer tied to the embedding": model.tied,
+        "norm epsilon": model.layernorm_epsilon,
+        "RoPE base and scaling": [model.rope.base, model.rope.llama3],
+        "which bands of frequencies llama3 scaling reaches": _bands(model),
+        "which dimensions coincide": _coincidences(model),
+    }  # fmt: skip
+
+
+def make_twin(name: str, config: Mapping[str, Any]) -> Twin:
+    """Cut the smallest twin of a configuration that has all its traits.
+
+    Args:
+        name: What to call it.
+        config: A `config.json` that both the bridge and the oracle read.
+
+    Raises:
+        UnsupportedFieldError: BR103, no smaller model has the traits; those that the best of them
+            lost are named.
+    """
+    model = read_config(config)
+    chosen = _blocks_kept(model)
+    wanted = traits_of(model)
+    properties = tuple(_keeps(trait, value) for trait, value in wanted.items())
+    spoilable = faults_of(config)
+    lost: list[str] = list(wanted)
+    for candidate in _candidates(config, model, chosen):
+        try:
+            found = traits_of(read_config(candidate))
+            missing = [trait for trait, value in wanted.items() if found[trait] != value]
+            lacking = set() if missing else spoilable - faults_of(candidate)
+        except (BridgeError, ValueError, KeyError, ZeroDivisionError):
+            continue
+        missing += [f"something that {fault} spoils" for fault in sorted(lacking)]
+        if not missing:
+            toy = Toy(
+                name=name,
+                stands_for=f"the traits of a model of {len(model.blocks)} blocks, shrunk",
+                config=candidate,
+                properties=properties,
+                common=(),
+            )
+            return Twin(toy=toy, layer_idx=chosen)
+        lost = min(lost, missing, key=len)
+    raise UnsupportedFieldError(
+        "no small model has all the traits of this one, so faults could not be tried on its like",
+        where=lost,
+        hint="qualify it by `verify` at its own size, and prove the checks on a toy: `faults`",
+    )
+
+
+def faults_of(config: Mapping[str, Any]) -> set[str]:
+    """The faults that a model can have; its twin must be able to have each of them."""
+    spec = spec_from_hf_config(config)
+    return {name for name, fault in CATALOGUE.items() if applicable(fault, spec)}
+
+
+def _keeps(trait: str, value: object) -> Property:
+    return f"{trait}: {value}", lambda model: traits_of(model)[trait] == value
+
+
+# Which blocks
+
+
+def _blocks_kept(model: Architecture) -> tuple[int, ...]:
+    """A part of the blocks, in order: each distinct one, each pair of neighbouring kinds, ends."""
+    kinds = [(type(one), type(other)) for one, other in model.blocks]
+    first: dict[object, int] = {}
+    for layer_idx, block in enumerate(model.blocks):
+        first.setdefault(block, layer_idx)
+    kept = {0, len(kinds) - 1, *first.values()}
+    _share_a_width(model, kept)
+    while len(kept) < min(_FEWEST_BLOCKS, len(kinds)):
+        kept.add(min(set(range(len(kinds))) - kept))
+    _mend_neighbours(kinds, kept)
+    return tuple(sorted(kept))
+
+
+def _share_a_width(model: Architecture, kept: set[int]) -> None:
+    """Keep a second block of some width where the original has one."""
+    seen: dict[int, int] = {}
+    for layer_idx, (_, ffn) in enumerate(model.blocks):
+        if isinstance(ffn, Mlp):
+            if ffn.ffn_hidden_size in seen:
+                kept |= {seen[ffn.ffn_hidden_size], layer_idx}
+                return
+            seen[ffn.ffn_hidden_size] = layer_idx
+
+
+def _mend_neighbours(kinds: Sequence[object], kept: set[int]) -> None:
+    """Keep blocks until the kinds that follow one another are those of the original.
+
+    A pair that the original lacks is undone by what lies between the two; a pair that is lost is
+    kept whole. Both add blocks, so it ends, at the latest with all of them.
+    """
+    wanted = set(itertools.pairwise(kinds))
+    while True:
+        order = sorted(kept)
+        made = {(kinds[a], kinds[b]): (a, b) for a, b in itertools.pairwise(order)}
+        foreign = next((gap for pair, gap in made.items() if pair not in wanted), None)
+        if foreign is not None:
+            kept |= _bridge(kinds, foreign, wanted)
+            continue
+        lost = wanted - made.keys()
+        if not lost:
+            return
+        pairs = enumerate(itertools.pairwise(kinds))
+        start = next(number for number, pair in pairs if pair in lost)
+        kept |= {start, start + 1}
+
+
+def _bridge(kinds: Sequence[object], gap: tuple[int, int], wanted: set[Any]) -> set[int]:
+    """The fewest blocks between two, in order, with which only wanted pairs are neighbours."""
+    start, stop = gap
+    routes: dict[int, tuple[int, ...]] = {start: ()}
+    for layer_idx in range(start + 1, stop + 1):
+        before = [
+            (*route, layer_idx)
+            for earlier, route in routes.items()
+            if (kinds[earlier], kinds[layer_idx]) in wanted
+        ]
+        if before:
+            routes[layer_idx] = min(before, key=len)
+    return set(routes[stop][:-1])
+
+
+# Which sizes
+
+
+def _candidates(
+    config: Mapping[str, Any], model: Architecture, chosen: Sequence[int]
+) -> Iterator[Config]:
+    """Smaller configurations of these blocks, smallest first."""
+    groups = [one.num_query_groups for one, _ in model.blocks if isinstance(one, Attention)]
+    common = math.gcd(model.num_attention_heads, *groups)
+    if not groups:  # nothing has heads, and yet the configuration counts them
+        common = model.num_attention_heads
+    divisors = sorted((n for n in range(1, common + 1) if common % n == 0), reverse=True)
+    channels = [one for one in _CHANNELS if one < model.kv_channels] + [model.kv_channels]
+    sizes = sorted(
+        ((model.num_attention_heads // divisor) * size, divisor, size)
+        for divisor in divisors
+        for size in channels
+    )
+    for _, divisor, kv_channels in sizes:
+        for attempt in range(_SEARCHED):
+            yield _shrunk(
+                config, model, chosen, divisor=divisor, kv_channels=kv_channels, attempt=attempt
+            )
+
+
+def _shrunk(
+    config: Mapping[str, Any], model: Architecture, chosen: Sequence[int], *,
+    divisor: int, kv_channels: int, attempt: int,
+) -> Config:  # fmt: skip
+    heads = model.num_attention_heads // divisor
+    rows = model.num_attention_heads * model.kv_channels
+    hidden = heads * max(1, round(kv_channels * model.hidden_size / rows))
+    if np.sign(hidden - heads * kv_channels) != np.sign(model.hidden_size - rows):
+        hidden = heads * (kv_channels + (1 if model.hidden_size > rows else -1))
+    by_mult = any(
+        block.get("ffn", {}).get("ffn_mult") is not None
+        for block in config.get("block_configs") or ()
+    )
+    widths = _widths(model, hidden, taken={hidden, heads * kv_channels}, by_mult=by_mult)
+    vocab_size = min(model.vocab_size, model.vocab_size % _VOCAB_STEP + _VOCAB_STEP * (1 + attempt))
+    found: Config = copy.deepcopy(dict(config))
+    found |= {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_hidden_layers": len(chosen),
+        "vocab_size": vocab_size,
+    }
+    if found.get("head_dim") is not None:
+        found["head_dim"] = kv_channels
+    if found.get("num_key_value_heads") is not None:
+        found["num_key_value_heads"] //= divisor
+    if found.get("intermediate_size") is not None and found.get("block_configs") is None:
+        found["intermediate_size"] = widths[found["intermediate_size"]]
+    if found.get("block_configs") is not None:
+        found["block_configs"] = [
+            _block(found["block_configs"][layer_idx], model.blocks[layer_idx][1], widths,
+                   hidden=hidden, divisor=divisor)
+            for layer_idx in chosen
+        ]  # fmt: skip
+    _lower_ids(found, vocab_size)
+    return found
+
+
+def _widths(model: Architecture, hidden: int, *, taken: set[int], by_mult: bool) -> dict[int, int]:
+    """Small widths by the original's: in its order, near its ratio to hidden_size, all distinct."""
+    found: dict[int, int] = {}
+    least = 0
+    for width in sorted({one.ffn_hidden_size for _, one in model.blocks if isinstance(one, Mlp)}):
+        step, rest = (_RELEASED_STEP, 0) if by_mult else (4, width % 4)
+        count = max(0 if rest else 1, round((width * hidden / model.hidden_size - rest) / step))
+        while (smaller := count * step + rest) <= least or (
+            smaller in taken and width != model.hidden_size
+        ):
+            count += 1
+        found[width] = least = smaller
+    return found
+
+
+def _block(
+    block: Mapping[str, Any], ffn: object, widths: Mapping[int, int], *, hidden: int, divisor: int
+) -> Config:
+    """One block's entry with every field kept; query heads per group are those of the original."""
+    found: Config = copy.deepcopy(dict(block))
+    for key in ("num_key_value_heads", "num_kv_heads"):
+        if found["attention"].get(key) is not None:
+            found["attention"][key] = max(1, found["attention"][key] // divisor)
+    if isinstance(ffn, Mlp):
+        width = widths[ffn.ffn_hidden_size]
+        if found["ffn"].get("intermediate_size") is not None:
+            found["ffn"]["intermediate_size"] = width
+        if found["ffn"].get("ffn_mult") is not None:
+            # Half a step below the width: rounded up, it is the width whatever the digits do.
+            found["ffn"]["ffn_mult"] = (width - _RELEASED_STEP / 2) * 3 / (2 * hidden)
+    return found
+
+
+def _lower_ids(config: Config, vocab_size: int) -> None:
+    """Move special tokens below the vocabulary's end, equal ones together, in their order."""
+    stated = [one for key in _IDS for one in _as_list(config.get(key))]
+    lowered = {
+        token: vocab_size - place
+        for place, token in enumerate(sorted(set(stated), reverse=True), start=1)
+    }
+    for key in _IDS:
+        value = config.get(key)
+        if isinstance(value, list):
+            config[key] = [lowered[one] for one in value]
+        elif value is not None:
+            config[key] = lowered[value]
+
+
+def _as_list(value: Any) -> list[int]:  # noqa: ANN401 - JSON
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+# Traits
+
+
+def _ranked(model: Architecture) -> list[tuple[str, str]]:
+    """Each block with its sizes as ranks: `("attention 0", "ffn 2")`."""
+    counts = sorted({a.num_query_groups for a, _ in model.blocks if isinstance(a, Attention)})
+    widths = sorted({f.ffn_hidden_size for _, f in model.blocks if isinstance(f, Mlp)})
+
+    def said(part: Attention | Mlp | Replaced | Absent) -> str:
+        match part:
+            case Attention(num_query_groups=count):
+                return f"attention {counts.index(count)}"
+            case Mlp(ffn_hidden_size=width):
+                return f"ffn {widths.index(width)}"
+            case Replaced():
+                return "linear"
+            case Absent():
+                return "no-op"
+
+    return [(said(attention), said(ffn)) for attention, ffn in model.blocks]
+
+
+def _bands(model: Architecture) -> list[bool]:
+    """Whether llama3 scaling keeps, blends and divides some frequency."""
+    if model.rope.llama3 is None:
+        return []
+    _, low, high, old_length = model.rope.llama3
+    exponents = np.arange(0, model.kv_channels, 2) / model.kv_channels
+    turns = old_length / (2 * np.pi * model.rope.base**exponents)
+    return [
+        bool((turns > high).any()),
+        bool(((turns > low) & (turns < high)).any()),
+        bool((turns < low).any()),
+    ]
+
+
+def _coincidences(model: Architecture) -> list[int]:
+    """For each dimension, in order, the first that has its size: a tensor fits there by luck."""
+    counts = sorted({a.num_query_groups for a, _ in model.blocks if isinstance(a, Attention)})
+    widths = sorted({f.ffn_hidden_size for _, f in model.blocks if isinstance(f, Mlp)})
+    sizes = [
+        model.hidden_size,
+        model.num_attention_heads * model.kv_channels,
+        *(count * model.kv_channels for count in counts),
+        *widths,
+        model.vocab_size,
+    ]
+    return [sizes.index(size) for size in sizes]
