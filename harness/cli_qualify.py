@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bridge.cli import app
-from bridge.cli_options import Json, Revision
+from bridge.cli_options import DeviceName, Json, Revision
 from bridge.errors import UsageError
 from harness.cli_faults import Workers
 from harness.cli_run import Resume, Workdir, run_and_report
 from harness.cli_stream import Seed, StreamBudget
-from harness.cli_tools import DeviceName, DtypeName, Timeout
+from harness.cli_tools import DtypeName, Timeout
 
 if TYPE_CHECKING:
     from harness.qualify.job import Job

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml  # type: ignore[import-untyped]  # huggingface_hub brings it, its types it does not
+import yaml
 
 from bridge.agreement import check_agreement
 from bridge.auto.groups import crew_here

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,20 +107,6 @@ def index_text(index: Index) -> str:
     entries = dict(sorted(index.entries.items()))
     document = {"version": VERSION, "entries": entries, "recordings": index.recordings}
     return _pretty(document) + "\n"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Put a file in place whole, or leave the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(partial).chmod(0o644)  # mkstemp's are the owner's alone
-        Path(partial).replace(path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 _HINT: Final = 'nemotron-bridge golden record --reason "..." writes it anew; look at the difference'

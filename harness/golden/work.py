@@ -14,6 +14,7 @@ from typing import Any
 from bridge import __version__
 from bridge.errors import BridgeError
 from bridge.hf_config import load_hf_config, spec_from_hf_config
+from bridge.outputs import write_atomically
 from bridge.parameters import num_parameters
 from bridge.plan import Plan
 from bridge.platform import describe
@@ -32,7 +33,6 @@ from harness.golden.store import (
     load_index,
     record_text,
     sha256_of,
-    write_atomically,
 )
 from harness.locations import suites_dir
 from harness.suite import DTYPES, Case
@@ -180,7 +180,9 @@ def record(root: Path, bench: Bench, *, reason: str, patterns: Sequence[str] = (
     if stale or removed:
         index.recordings.append(_recording(reason))
     for name, text in stale:
-        write_atomically(root / file_of(name), text)
+        file = root / file_of(name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
         index.entries[name] = {
             "file": file_of(name),
             "sha256": sha256_of(root / file_of(name)),

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import UsageError
+from bridge.outputs import write_atomically
 from harness.qualify.origin import Origin
 from harness.qualify.scope import Scope
 from harness.qualify.verdict import fault_counts, overall
 from harness.report import card
 from harness.report.digests import sha256_of
 from harness.report.evidence import FILE_NAME, read_evidence, strict, to_json, validate
-from harness.report.files import write_atomically
 from harness.report.html import html
 from harness.report.junit import junit
 from harness.report.markdown import markdown

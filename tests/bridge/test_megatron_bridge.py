@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-import yaml  # type: ignore[import-untyped]  # no stubs are needed for one call
+import yaml
 
 from bridge.convert import import_checkpoint, read_spec
 from bridge.megatron_bridge import train_state

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bridge.outputs import write_atomically
 from harness import locations
 from harness.errors import GoldenFormatError
 from harness.golden.store import (
@@ -17,7 +18,6 @@ from harness.golden.store import (
     load_record,
     record_text,
     sha256_of,
-    write_atomically,
 )
 
 FIELDS: dict[str, Any] = {
@@ -29,6 +29,7 @@ FIELDS: dict[str, Any] = {
 
 def put(root: Path, text: str, *, digest: str | None = None) -> None:
     """A folder with one record called `one`."""
+    (root / "cases").mkdir(exist_ok=True)
     write_atomically(root / "cases" / "one.json", text)
     found = digest or sha256_of(root / "cases" / "one.json")
     index = Index(
