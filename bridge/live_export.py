@@ -189,7 +189,7 @@ def _move(
             mine if owned else None, tile.source_box.shape, dtype,
             owner=owner, dst=dst, replica=replica,
         )  # fmt: skip
-    if weight is not None:
+    if weight is not None and mine is not None:
         weight[tile.source_box.slices] = mine
 
 
