@@ -18,7 +18,6 @@ import huggingface_hub.constants
 import pytest
 
 ROOT = Path(__file__).parents[3]
-COMMITS = {"main": "a" * 40, "old": "b" * 40}
 
 
 class Request(NamedTuple):
@@ -39,6 +38,7 @@ class Hub:
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory, self.name = directory, name
+        self.commits = {"main": "a" * 40, "old": "b" * 40}
         self.requests: list[Request] = []
         self.cut: str | None = None
         """A file whose first transfer ends halfway."""
@@ -89,12 +89,12 @@ class Hub:
             case ["api", "models", "MODEL", *rest] if not rest or rest[0] == "revision":
                 revision = "/".join(rest[1:]) or "main"
                 siblings = [{"rfilename": name} for name in self._names()]
-                sha = COMMITS.get(revision, revision)
+                sha = self.commits.get(revision, revision)
                 self._json(asked, {"id": self.name, "sha": sha, "siblings": siblings})
             case ["api", "models", "MODEL", "tree", _]:
                 self._json(asked, [self._entry(name) for name in self._names()])
             case ["MODEL", "resolve", revision, name] if name in self._names():
-                self._file(asked, COMMITS.get(revision, revision), name, start)
+                self._file(asked, self.commits.get(revision, revision), name, start)
             case _:
                 asked.send_response(404)
                 asked.send_header("X-Error-Code", "RepoNotFound")

@@ -65,12 +65,14 @@ def test_a_bridge_fetches_no_weights_until_they_are_needed(served: Hub, model: P
 
 def test_weights_are_of_the_commit_that_the_configuration_was(served: Hub) -> None:
     """Even when the branch has moved on in between."""
-    bridge = AutoBridge.from_hf_pretrained("org/model", revision="old")
-    served.requests.clear()
-    where = bridge.hf_pretrained.location(weights=True)
-    assert where.name == "b" * 40
-    asked = {request.path.split("/")[4] for request in served.requests if "resolve" in request.path}
-    assert asked == {"b" * 40}
+    for revision, commit in (("main", "a" * 40), ("old", "b" * 40)):
+        bridge = AutoBridge.from_hf_pretrained("org/model", revision=revision)
+        served.commits[revision] = "c" * 40
+        served.requests.clear()
+        where = bridge.hf_pretrained.location(weights=True)
+        assert where.name == commit
+        asked = {one.path.split("/")[4] for one in served.requests if "resolve" in one.path}
+        assert asked == {commit}
 
 
 def test_a_cut_download_goes_on_where_it_stopped(
