@@ -67,7 +67,7 @@ def test_no_prompt_and_no_file_are_refused(tmp_path: Path) -> None:
     for texts, file in (([], None), ([], tmp_path / "empty.txt")):
         with pytest.raises(UsageError, match="there is no prompt"):
             given_prompts(texts, file)
-    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "latin").write_bytes(b"\xe9")
     for name in ("latin", "nowhere", "."):
         with pytest.raises(UsageError, match="cannot read the prompts") as caught:
             given_prompts([], tmp_path / name)
