@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from bridge import reading
+from bridge.progress import Advance
 from bridge.reading import (
     SEGMENT_NBYTES,
-    Advance,
     TransferLimits,
     all_or_first_error,
 )

@@ -18,9 +18,9 @@ from bridge.forward import current_device
 from bridge.live_parameters import matched
 from bridge.loading import unwatched
 from bridge.parameters import Parameter, hf_tensors, parameters
+from bridge.progress import Advance
 from bridge.spec import ModelSpec, ParallelLayout, Stage
 from bridge.tiling import Shape, Tile
-from bridge.transfer import Advance
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

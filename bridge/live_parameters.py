@@ -23,9 +23,10 @@ from bridge.parameters import (
     hf_tensors,
     parameters,
 )
+from bridge.progress import Advance
 from bridge.spec import ModelSpec, ParallelLayout, Stage
 from bridge.storage.source import TensorSource
-from bridge.transfer import Advance, TransferLimits
+from bridge.transfer import TransferLimits
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

@@ -18,11 +18,12 @@ import torch
 from bridge.dtypes import Dtype, dtype_named
 from bridge.errors import AccountingError, DtypeMismatchError
 from bridge.parameters import EMBEDDING_ROW, OUTPUT_ROW, Parameter
+from bridge.progress import Advance
 from bridge.spec import ModelSpec
 from bridge.staging import Ring, as_words, rings_for
 from bridge.storage.source import TensorSource
 from bridge.tiling import Box, Shape, Tile, Tiling, bands
-from bridge.transfer import Advance, TransferLimits
+from bridge.transfer import TransferLimits
 
 DEFAULT_LIMITS: Final = TransferLimits()
 PADDED: Final = frozenset({EMBEDDING_ROW.name, OUTPUT_ROW.name})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from bridge.transfer import Advance
+Advance = Callable[[int], None]
+"""Called with the number of bytes that were just finished; from several threads."""
 
 
 class Progress(Protocol):

@@ -7,7 +7,7 @@ buffer, where elements are picked out of rows, padded, or generated.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -20,9 +20,6 @@ from bridge.storage.source import TensorSource
 from bridge.tiling import Box, Tiling, bands
 
 _Result = TypeVar("_Result")
-
-Advance = Callable[[int], None]
-"""Called with the number of bytes that were just finished; from several threads."""
 
 DEFAULT_MEMORY_BUDGET: Final = 1 << 30
 SEGMENT_NBYTES: Final = 64 << 20

@@ -19,9 +19,9 @@ from bridge import reading
 from bridge.checksums import combine_crc32, crc32
 from bridge.comparison import Digest, compare
 from bridge.errors import PlanError
+from bridge.progress import Advance
 from bridge.reading import (
     SEGMENT_NBYTES,
-    Advance,
     TransferLimits,
     all_or_first_error,
     read_bands,

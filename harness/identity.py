@@ -18,10 +18,11 @@ import numpy as np
 
 from bridge.dtypes import Dtype
 from bridge.plan import Plan
+from bridge.progress import Advance
 from bridge.spec import ModelSpec
 from bridge.storage.source import TensorSource
 from bridge.tiling import Box, Tile, Tiling
-from bridge.transfer import Advance, TransferLimits, read_bands
+from bridge.transfer import TransferLimits, read_bands
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -10,8 +10,7 @@ from torch import distributed
 
 from bridge.crew.protocol import Brake, Value
 from bridge.errors import BridgeError, WorkerLostError
-from bridge.progress import Progress
-from bridge.transfer import Advance
+from bridge.progress import Advance, Progress
 
 
 class LiveCrew:

@@ -27,8 +27,7 @@ from typing import Any, Final, Literal, Protocol
 from bridge.crew.interrupts import interrupts_held
 from bridge.crew.protocol import Brake, Value
 from bridge.errors import BridgeError, WorkerLostError
-from bridge.progress import Progress
-from bridge.transfer import Advance
+from bridge.progress import Advance, Progress
 
 _Message = tuple[Literal["value", "advance", "error", "crash", "done"], Any]
 

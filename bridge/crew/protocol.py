@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final, Protocol, TypeVar
 
-from bridge.progress import Progress
-from bridge.transfer import Advance
+from bridge.progress import Advance, Progress
 
 Value = TypeVar("Value")
 

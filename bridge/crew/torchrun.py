@@ -25,8 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from bridge.crew.interrupts import interrupts_pull
 from bridge.crew.protocol import Brake, StoppedError, Value
 from bridge.errors import BridgeError, WorkerLostError
-from bridge.progress import Progress
-from bridge.transfer import Advance
+from bridge.progress import Advance, Progress
 
 _JOIN: Final = timedelta(minutes=5)
 _PATIENCE: Final = timedelta(days=7)

@@ -26,9 +26,8 @@ from bridge.errors import EnvironmentMissingError, LayoutError, WorkerLostError
 from bridge.generation.decoding import Continuation, OnStep, Step, generate
 from bridge.generation.sampling import Sampling
 from bridge.generation.source import ModelSource
-from bridge.progress import Progress, Silent
+from bridge.progress import Advance, Progress, Silent
 from bridge.spec import ParallelLayout
-from bridge.transfer import Advance
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

@@ -13,10 +13,10 @@ from bridge.hf_config import config_file, load_hf_config, spec_from_hf_config
 from bridge.hub import resolve_here
 from bridge.parameters import hf_tensors
 from bridge.plan import Plan, account_for
+from bridge.progress import Advance
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.storage.megatron import MegatronSource
 from bridge.storage.safetensors import SafetensorsSource
-from bridge.transfer import Advance
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 from bridge.errors import UsageError
+from bridge.progress import Advance
 from bridge.storage.remote import Location, RemotePath
 from bridge.storage.remote_target import NewPrefix, new_prefix
 from bridge.storage.source import FileLayout, TensorSource
 from bridge.storage.target import new_directory, write_small_file
 from bridge.tiling import Tiling
-from bridge.transfer import Advance, TransferLimits, write_files
+from bridge.transfer import TransferLimits, write_files
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import CheckpointError, TargetExistsError
+from bridge.progress import Advance
 from bridge.storage.remote import RemotePath, backend_errors
 from bridge.storage.source import FileLayout, TensorSource
 from bridge.storage.staging_directory import HINT, staging_directory, sweep
 from bridge.tiling import Tiling
-from bridge.transfer import Advance, TransferLimits, write_files
+from bridge.transfer import TransferLimits, write_files
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import pytest
 
 from bridge.crew.launch import crew_of
 from bridge.errors import ConfigError, UsageError, WorkerLostError
-from bridge.transfer import Advance
+from bridge.progress import Advance
 
 if TYPE_CHECKING:
     from tests.bridge.crew import crew_functions as functions
