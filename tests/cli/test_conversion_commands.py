@@ -191,17 +191,25 @@ def test_an_unknown_field_passes_when_it_is_named(
     assert json.loads((back / "config.json").read_text())["novel_field"] == 1
 
 
-def test_help_and_inspect_import_neither_torch_nor_megatron() -> None:
-    """Commands that need no tensors start without them."""
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["inspect", str(ULTRA)], "{'torch', 'transformers', 'megatron', 'hypothesis'}"),
+        (["--help"], "{'torch', 'transformers', 'megatron', 'hypothesis', 'numpy'}"),
+    ],
+    ids=["inspect", "help"],
+)
+def test_commands_that_need_no_tensors_start_without_them(arguments: list[str], heavy: str) -> None:
+    """`inspect` imports neither torch nor Megatron, the help not even NumPy."""
     code = (
-        "import sys; sys.argv = ['nemotron-bridge', 'inspect', sys.argv[1]];"
+        "import sys; sys.argv[0] = 'nemotron-bridge'\n"
         "from harness.cli import main\n"
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'megatron', 'hypothesis'} & set(sys.modules)\n"
+        f"heavy = {heavy} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run(  # noqa: S603 (our own interpreter)
-        [sys.executable, "-c", code, str(ULTRA)],
+        [sys.executable, "-c", code, *arguments],
         capture_output=True,
         text=True,
         timeout=60,
