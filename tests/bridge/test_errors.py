@@ -85,6 +85,7 @@ def test_codes_and_exit_statuses_are_the_published_ones() -> None:
         "LayoutError": ("BR200", 2),
         "TensorParallelError": ("BR201", 2),
         "PipelineParallelError": ("BR202", 2),
+        "NoLayoutFitsError": ("BR203", 2),
         "CheckpointError": ("BR300", 2),
         "AccountingError": ("BR301", 2),
         "CorruptFileError": ("BR302", 2),

@@ -88,6 +88,11 @@ def test_tensor_parallelism_stays_within_a_node_and_divides_the_model() -> None:
     odd = dataclasses.replace(spec, num_attention_heads=12, kv_channels=96, blocks=(block,) * 4)
     machine = Machine(num_gpus=24, memory=80 * GIB, gpus_per_node=24)
     assert tensor_sizes(odd, machine) == {1, 2, 4, 12}
+    block = dataclasses.replace(block, attention=GroupedQueryAttention(num_query_groups=12))
+    even = dataclasses.replace(odd, blocks=(block,) * 4)
+    assert tensor_sizes(even, machine) == {1, 2, 3, 4, 6, 12}
+    # A node of 8 has no room for whole groups of 3.
+    assert tensor_sizes(even, dataclasses.replace(machine, gpus_per_node=8)) == {1, 2, 4}
 
 
 def test_a_model_that_megatron_cannot_run_sequence_parallel_is_not_offered_so() -> None:
@@ -133,6 +138,17 @@ def test_replicas_that_share_the_optimizer_are_counted_among_what_would_do() -> 
         search(spec, 1, 60, **work, distributed_optimizer=False)
     names = {one.layout.name for one in search(spec, 2, 60, **work, distributed_optimizer=False)}
     assert "tp1-pp1" not in names
+
+
+def test_an_optimizer_that_is_not_shared_is_no_smaller_with_more_replicas() -> None:
+    """One layer, no TP: nothing can be cut, and only what is shared grows smaller."""
+    spec = model("Llama-3.1-Nemotron-Nano-8B-v1")
+    one = dataclasses.replace(spec, blocks=spec.blocks[:1])
+    machine = Machine(num_gpus=1, memory=12 * GIB, gpus_per_node=1)
+    for distributed, says in ((True, "--gpus "), (False, "no number of such GPUs is enough")):
+        work = Workload(purpose="training", sequence_length=64, distributed_optimizer=distributed)
+        with pytest.raises(NoLayoutFitsError, match=says):
+            suggest_layouts(one, work, machine)
 
 
 def test_a_block_too_large_for_any_number_of_gpus_is_said_so() -> None:
