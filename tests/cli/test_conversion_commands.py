@@ -90,6 +90,32 @@ def test_import_and_export_give_the_directory_back(
         assert path.read_bytes() == (back / path.name).read_bytes()
 
 
+def test_a_dtype_and_one_file_are_there_for_the_asking(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Two workers count together; the report says what rounding cost."""
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    assert run("import", "--hf-model", checkpoint, "--megatron-path", megatron).code == 0
+    exported = run(
+        *("export", "--megatron-path", megatron, "--hf-path", back, "--dtype", "float16"),
+        *("--max-shard-size", "single", "--workers", "2", "--json"),
+    )
+    assert exported.code == 0
+    report = json.loads(exported.out)
+    assert report["rounding"]["dtype"] == "float16"
+    assert report["rounding"]["changed"] > 0
+    assert [path.name for path in back.glob("*.safetensors")] == ["model.safetensors"]
+    alone = run(
+        *("export", "--megatron-path", megatron, "--hf-path", tmp_path / "alone"),
+        *("--dtype", "float16", "--json"),
+    )
+    assert json.loads(alone.out)["rounding"] == report["rounding"]
+    refused = run(
+        "export", "--megatron-path", megatron, "--hf-path", tmp_path / "x", "--dtype", "int8"
+    )
+    assert refused.code == 2
+
+
 def test_import_tells_the_flags_megatron_lm_needs(
     run: Run, checkpoint: Path, tmp_path: Path
 ) -> None:
