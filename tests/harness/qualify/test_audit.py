@@ -307,7 +307,7 @@ def test_the_kill_matrix_is_made_again_from_its_units(
     data, matrix = load(bundle, "evidence.json"), load(bundle, "faults.json")
     change(matrix["units"])
     forge(bundle, data, matrix)
-    if said != "killed without a word":  # which the rest of the matrix does not repeat
+    if said not in ("killed without a word", "killed by a check that did not look"):
         assert "faults.json: not what its units make it" in audit(bundle).problems
     if said:
         scope = _scope(bundle, data)
