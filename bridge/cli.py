@@ -34,7 +34,7 @@ from bridge.cli_options import (
     transfer_limits,
 )
 from bridge.console import RichProgress, parse_size, print_json
-from bridge.errors import EnvironmentMissingError
+from bridge.errors import EnvironmentMissingError, UsageError
 from bridge.render import print_report
 from bridge.storage.remote import Location, parse_location
 
@@ -69,8 +69,10 @@ class FullVerification(Protocol):
 class BlockVerification(Protocol):
     """What `--verify auto` does after a conversion whose bits have been compared."""
 
-    def __call__(self, hf: Location, megatron: Location, *, carry: Collection[str]) -> Outcome:
-        """Compute with one block of each kind of the pair."""
+    def __call__(
+        self, hf: Location, megatron: Location, *, carry: Collection[str], num_rounded: int
+    ) -> Outcome:
+        """Compute with one block of each kind of the pair, unless its two sides differ in value."""
         ...
 
 
@@ -78,7 +80,7 @@ class Outcome(Protocol):
     """What became of it."""
 
     @property
-    def status(self) -> Literal["passed", "failed", "not run"]:
+    def status(self) -> Literal["passed", "failed", "not run", "error"]:
         """The verdict."""
         ...
 
@@ -114,18 +116,29 @@ def _finish(
         print_report(document, json_=False)
     found = None
     if verify == "auto" and block_verification is not None:
-        found = block_verification(hf, megatron, carry=carry or ())
+        rounded = (report.rounding or {}).get("changed", 0)
+        found = block_verification(hf, megatron, carry=carry or (), num_rounded=rounded)
         document["block_parity"] = found.to_dict()
     if json_:
         print_report(document, json_=True)
     elif found is not None:
         for line in found.lines():
             typer.echo(line)
-    if found is not None and found.status == "failed":
-        raise typer.Exit(1)
+    if found is not None and found.status in {"failed", "error"}:
+        raise typer.Exit(1 if found.status == "failed" else 3)
     _verify_fully(
         verify, hf, megatron, trust_remote_code=trust_remote_code, carry=carry, json_=json_
     )
+
+
+def _refuse_full_of_rounded(verify: str, dtype: str | None) -> None:
+    if verify == "full" and dtype is not None:
+        raise UsageError(
+            "--verify full holds both sides against each other bit by bit, and --dtype makes them "
+            "differ",
+            hint="leave --verify away, which checks every rounding; then export in the same dtype, "
+            "and `verify` that pair",
+        )
 
 
 def _verify_fully(
@@ -197,6 +210,7 @@ def import_(
     from bridge.crew.launch import crew_of
     from bridge.hub import is_hub_id, resolve_model
 
+    _refuse_full_of_rounded(verify, dtype)
     with crew_of(workers, (hf_model, megatron_path)) as crew:
         megatron = parse_location(megatron_path)
         hf = resolve_model(hf_model, weights=True, revision=revision)
@@ -267,6 +281,7 @@ def export(
     from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
+    _refuse_full_of_rounded(verify, dtype)
     with crew_of(workers, (megatron_path, hf_path, hf_model)) as crew:
         megatron, hf = parse_location(megatron_path), parse_location(hf_path)
         resolved = None

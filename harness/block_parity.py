@@ -34,7 +34,7 @@ from harness.workbench import BASE_LAYOUT
 BUDGET: Final = 1_000_000_000
 """Parameters that are read and computed with: half a minute on 2 cores, see the docs."""
 
-Status = Literal["passed", "failed", "not run"]
+Status = Literal["passed", "failed", "not run", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ class BlockParity:
     """What became of it.
 
     Args:
-        status: "not run" where it could not be carried out.
+        status: "not run" where it cannot be done here, "error" where it was tried in vain.
         blocks: Layer indices that were looked at, one of each kind.
         left_out: Kinds beyond the budget, by the first block of each.
         num_parameters: Of the blocks that were looked at.
@@ -69,6 +69,8 @@ class BlockParity:
         """For people."""
         if self.status == "not run":
             return [f"block parity not run: {self.summary}", *self._rest()]
+        if self.status == "error":
+            return [f"block parity could not be carried out: {self.summary}", *self.places]
         said = (
             f"block parity {self.status}: {len(self.blocks)} kinds of blocks "
             f"({ranges(self.blocks)}), {self.num_parameters:,} parameters; {self.summary}"
@@ -164,9 +166,8 @@ def rest_command(
 
 def _status(results: Sequence[Result]) -> Status:
     states = {result.status for result in results}
-    if "failed" in states:
-        return "failed"
-    return "passed" if states == {"passed"} else "not run"
+    found: tuple[Status, ...] = ("failed", "error", "not run")
+    return next((status for status in found if status in states), "passed" if states else "not run")
 
 
 def _worst(results: Sequence[Result]) -> Result:

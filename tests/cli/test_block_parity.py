@@ -21,11 +21,13 @@ class Recorded:
     def __init__(self, found: BlockParity) -> None:
         self.found = found
         self.asked: list[tuple[Path, Path]] = []
+        self.num_rounded: list[int] = []
 
-    def __call__(self, hf: Path, megatron: Path, *, carry: object) -> BlockParity:
+    def __call__(self, hf: Path, megatron: Path, *, carry: object, num_rounded: int) -> BlockParity:
         """Remember what was asked for."""
         del carry
         self.asked.append((hf, megatron))
+        self.num_rounded.append(num_rounded)
         return self.found
 
 
@@ -79,7 +81,7 @@ def test_nothing_is_computed_where_bits_are_enough(
     assert "block_parity" not in json.loads(done.out)
 
 
-@pytest.mark.parametrize(("status", "code"), [("failed", 1), ("not run", 0)])
+@pytest.mark.parametrize(("status", "code"), [("failed", 1), ("not run", 0), ("error", 3)])
 def test_a_failure_is_exit_code_1_and_what_cannot_be_done_is_said(
     run: Run, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, code: int
 ) -> None:
@@ -87,5 +89,38 @@ def test_a_failure_is_exit_code_1_and_what_cannot_be_done_is_said(
     monkeypatch.setattr("bridge.cli.block_verification", Recorded(outcome(status)))
     done = run("import", "--hf-model", hf, "--megatron-path", tmp_path / "m")
     assert done.code == code
-    assert f"block parity {status}" in done.out
+    said = "could not be carried out" if status == "error" else status
+    assert f"block parity {said}" in done.out
     assert (tmp_path / "m" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_two_sides_that_rounding_made_differ_are_not_computed_with(
+    run: Run, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy's values are not all float16's; its own dtype has them."""
+    proof = Recorded(outcome("passed"))
+    monkeypatch.setattr("bridge.cli.block_verification", proof)
+    for dtype in ("float16", "float32"):
+        done = run("import", "--hf-model", hf, "--megatron-path", tmp_path / dtype, "--dtype",
+                   dtype, "--json")  # fmt: skip
+        rounding = json.loads(done.out)["rounding"] or {"changed": 0}
+        assert proof.num_rounded[-1] == rounding["changed"]
+    assert [rounded > 0 for rounded in proof.num_rounded] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["import", "--hf-model", "hf", "--megatron-path", "m"],
+        ["export", "--megatron-path", "m", "--hf-path", "back"],
+    ],
+    ids=["import", "export"],
+)
+def test_full_verification_of_a_rounded_pair_is_refused(
+    run: Run, tmp_path: Path, command: list[str]
+) -> None:
+    """Its bits differ by intent; nothing is looked at before that is said."""
+    done = run(*command, "--dtype", "bfloat16", "--verify", "full")
+    assert done.code == 2
+    assert "--dtype makes them differ" in done.err
+    assert not list(tmp_path.iterdir())

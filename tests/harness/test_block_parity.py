@@ -117,7 +117,9 @@ def test_where_it_cannot_be_done_the_reason_is_said(
 
     monkeypatch.setattr("harness.block_parity.prove_blocks", broken)
     found = cli_blocks.verify_blocks(pair / "hf", pair / "megatron", carry=())
-    assert found.summary == "it could not be carried out: ValueError: no such model"
+    assert (found.status, found.summary) == ("error", "ValueError: no such model")
+    found = cli_blocks.verify_blocks(pair / "hf", pair / "megatron", carry=(), num_rounded=5)
+    assert (found.status, found.summary[:25]) == ("not run", "rounding gave 5 elements ")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr("bridge.crew.launch.under_torchrun", lambda: True)
     assert "torchrun" in cli_blocks.verify_blocks(pair / "hf", pair / "megatron", carry=()).summary
