@@ -7,6 +7,8 @@ other half, so the pieces together are the text that all tokens give at once.
 from __future__ import annotations
 
 import json
+import os.path
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +23,10 @@ _REMEDY: Final = (
     'for --prompts: {"token_ids": [...]}'
 )
 _END: Final = "eos_token_id"
+_BYTE: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token of one byte, as tokenizers have them that fall back to bytes for unknown characters."""
+_BROKEN: Final = "\ufffd"
+"""What stands for bytes that are no character."""
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation, as chat templates take it: `[{"role": "user", "content": "..."}]`."""
@@ -126,6 +132,7 @@ class TextStream:
         self._tokenizer, self._backend = tokenizer, backend
         self._token_ids: list[int] = []
         self._shown = ""
+        self._stream: Any = None
         if backend is not None:
             from tokenizers.decoders import DecodeStream
 
@@ -136,13 +143,34 @@ class TextStream:
         self._token_ids.append(token_id)
         if self._backend is None:
             return ""
-        piece: str = self._stream.step(self._backend, token_id) or ""
+        is_byte = _BYTE.fullmatch(self._backend.id_to_token(token_id) or "") is not None
+        piece = self._step(token_id, is_byte=is_byte)
         self._shown += piece
         return piece
 
+    def _step(self, token_id: int, *, is_byte: bool) -> str:
+        if is_byte:
+            # A run of bytes is text only as a whole: one wrong byte at its end makes each of them
+            # U+FFFD, so what its first bytes give is not to be shown, and DecodeStream shows it.
+            self._stream = None
+            return ""
+        if self._stream is not None:
+            try:
+                return self._stream.step(self._backend, token_id) or ""
+            except Exception:  # tokenizers raises bare ones where the text does not only grow
+                self._stream = None
+        if not self._tokenizer.decode([token_id]):
+            return ""  # it is left out, and bytes on either side of it are one run
+        settled = self.text.rstrip(_BROKEN)
+        return settled.removeprefix(self._shown) if settled.startswith(self._shown) else ""
+
     def end(self) -> str:
-        """What is left to show: half a character that never became whole."""
-        return self.text.removeprefix(self._shown)
+        """What is left to show: half a character that never became whole.
+
+        Where what has been shown is not how the text begins, all from where they part.
+        """
+        text = self.text
+        return text[len(os.path.commonprefix([text, self._shown])) :]
 
     @property
     def text(self) -> str:

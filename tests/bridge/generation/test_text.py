@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,52 @@ def test_half_a_character_appears_at_the_end(tokenizer: Tokenizer) -> None:
     assert shown + stream.end() == tokenizer.decode(ids) == stream.text
     assert stream.end().strip("\ufffd") == ""
     assert stream.end()
+
+
+def test_pieces_of_bytes_are_the_text_too(tmp_path: Path) -> None:
+    """As Llama 2 falls back to bytes: whatever comes after them can change what they mean."""
+    words = ["<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a", "b", "\ufffd"]
+    vocab = {word: index for index, word in enumerate(words)}
+    vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+    backend = Backend(
+        models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.add_special_tokens(words[:3])
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = Tokenizer(tmp_path)
+    draw = random.Random(0)
+    halves = [[vocab[f"<0x{byte:02X}>"] for byte in one.encode()] for one in ("東", "é", "🙂")]
+    for _ in range(200):
+        ids: list[int] = []
+        for _ in range(draw.randrange(1, 12)):
+            whole = draw.choice([*halves, *([one] for one in range(len(words)))])
+            ids += whole[: draw.randrange(1, len(whole) + 1)]
+        stream = tokenizer.stream()
+        pieces = [stream.put(one) for one in ids]
+        assert "".join(pieces) + stream.end() == tokenizer.decode(ids), ids
+    stream = tokenizer.stream()
+    ids = [vocab["\u2581a"], *halves[0], vocab["b"], vocab["a"]]
+    assert [stream.put(one) for one in ids] == ["a", "", "", "", "東b", "a"]
+
+
+def test_random_tokens_are_the_text_in_pieces(tokenizer: Tokenizer) -> None:
+    """Those of whole bytes, half characters and special tokens among them."""
+    draw = random.Random(0)
+    for _ in range(100):
+        ids = [draw.randrange(300) for _ in range(draw.randrange(1, 20))]
+        stream = tokenizer.stream()
+        pieces = [stream.put(one) for one in ids]
+        assert "".join(pieces) + stream.end() == tokenizer.decode(ids), ids
 
 
 def test_a_directory_without_a_tokenizer_is_said_to_have_none(tmp_path: Path) -> None:
