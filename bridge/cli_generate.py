@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ from bridge.cli_options import (
 )
 from bridge.console import RichProgress, counter
 from bridge.errors import UsageError
+
+_LONGEST: Final = 365 * 24 * 3600
+"""Seconds to wait, at most: the clocks of sockets and of C++ overflow at some centuries."""
 
 if TYPE_CHECKING:
     from bridge.generation.decoding import FinishReason, Step
@@ -121,10 +124,14 @@ def generate(
     from bridge.pipeline import plan_layout
 
     with crew_of(None) as launch:
-        if system is not None and not chat:
-            raise UsageError("--system is for chats", hint="give --chat too")
+        if not 1 <= timeout <= _LONGEST:  # which NaN is not either
+            raise UsageError(
+                f"--timeout {timeout:g} is not between 1 second and a year", hint="leave it away"
+            )
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         given = given_prompts(prompt or (), prompts)
+        if system is not None and not chat and any(one.messages is None for one in given):
+            raise UsageError("--system is for chats", hint="give --chat too")
         model = find_model(hf_model, megatron_path, revision=revision, carry=carry or ())
         layout = plan_layout(
             model.spec,
@@ -137,7 +144,8 @@ def generate(
         if any(one.token_ids is None for one in given):
             tokenizer = Tokenizer.of(model.directory)
         token_ids = tuple(one.encode(tokenizer, chat=chat, system=system) for one in given)
-        check_prompts(token_ids, model.spec, max_new_tokens=max_new_tokens)
+        names = [one.where for one in given]
+        check_prompts(token_ids, model.spec, max_new_tokens=max_new_tokens, names=names)
         request = Request(
             model=model, layout=layout, device=device, layers=layers,
             params_dtype=model.spec.params_dtype if dtype == "auto" else dtype,
@@ -178,6 +186,7 @@ class _Page:
         self._token_ids: list[list[int]] = [[] for _ in given]
         self._stream = None if tokenizer is None else tokenizer.stream()
         self._waiting: dict[int, FinishReason] = {}
+        self._is_open = False
         self._next = 0
         self._started = time.perf_counter()
         self._counter = ExitStack()
@@ -194,6 +203,7 @@ class _Page:
         for index, token in step.tokens:
             self._token_ids[index].append(token)
             if self._is_live and self._stream is not None:
+                self._is_open = True
                 typer.echo(self._stream.put(token), nl=False)
         self._waiting |= dict(step.finished)
         while self._next in self._waiting:
@@ -205,6 +215,8 @@ class _Page:
         self._counter.close()
         for index, reason in sorted(self._waiting.items()):
             self._show(index, reason)
+        if self._is_open and self._stream is not None:
+            typer.echo(self._stream.end())  # so that what went wrong has a line of its own
         num_tokens = sum(map(len, self._token_ids))
         if num_tokens:
             seconds = time.perf_counter() - self._started
@@ -216,6 +228,7 @@ class _Page:
     def _show(self, index: int, reason: FinishReason) -> None:
         token_ids = self._token_ids[index]
         if self._is_live and self._stream is not None:
+            self._is_open = False
             typer.echo(self._stream.end())
             return
         text = None if self._tokenizer is None else self._tokenizer.decode(token_ids)

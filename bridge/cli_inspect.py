@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -23,6 +23,8 @@ from bridge.console import parse_size, print_json, stdout, table
 from bridge.errors import UsageError
 from bridge.render import print_description
 from bridge.render_layouts import memory_as_data, print_suggestions, suggestions_as_data
+
+_SEQUENCE_LENGTH: Final = 8192
 
 
 @app.command("list")
@@ -59,7 +61,7 @@ def inspect(
     ] = False,
     draw: options.Draw = None,
     purpose: options.PurposeName = "inference",
-    sequence_length: options.SequenceLength = 8192,
+    sequence_length: options.SequenceLength = _SEQUENCE_LENGTH,
     micro_batch_size: options.MicroBatchSize = 1,
     data_parallel_size: options.DataParallelSize = 1,
     distributed_optimizer: options.DistributedOptimizer = True,
@@ -99,17 +101,36 @@ def inspect(
                 hint="give --gpus N and --memory SIZE, and nothing that it chooses",
             )
         machine = Machine(
-            num_gpus=gpus, memory=parse_size(memory), gpus_per_node=gpus_per_node,
+            num_gpus=gpus, memory=_memory(memory), gpus_per_node=gpus_per_node,
             memory_fraction=memory_fraction,
         )  # fmt: skip
-    elif gpus is not None or memory is not None:
+        if all_blocks:
+            raise UsageError(
+                "--suggest-layout shows layouts, no blocks", hint="leave --blocks away"
+            )
+    elif (gpus, memory, gpus_per_node, memory_fraction) != (None, None, 8, 0.9):
         raise UsageError(
-            "--gpus and --memory are what a layout is sought for", hint="add --suggest-layout"
+            "--gpus, --memory, --gpus-per-node and --memory-fraction are what a layout is sought "
+            "for",
+            hint="add --suggest-layout",
+        )
+    of_training = (data_parallel_size, distributed_optimizer, recompute)
+    if purpose == "inference" and of_training != (1, True, "none"):
+        raise UsageError(
+            "replicas, the distributed optimizer and recomputation are of training",
+            hint="add --purpose training",
         )
     if draw is not None:
         check_picture(draw)
     path = resolve_model(model, weights=False, revision=revision)
     spec = read_spec(path, carry=carry or ())
+    limit = spec.max_position_embeddings
+    if purpose == "inference" and limit < sequence_length != _SEQUENCE_LENGTH:
+        raise UsageError(
+            f"--sequence-length {sequence_length} is more than the model has positions",
+            where=f"max_position_embeddings={limit}",
+            hint=f"give at most {limit}",
+        )
     work = Workload(
         purpose=purpose,
         sequence_length=sequence_length,
@@ -135,7 +156,7 @@ def inspect(
     if draw is not None:
         write_picture(picture, draw)
     if machine is not None:
-        found = suggestions_as_data(suggestions, machine)
+        found = suggestions_as_data(suggestions, machine, dtype=dtype)
         if json_:
             print_json(found)
         else:
@@ -150,6 +171,17 @@ def inspect(
         print_json(found)
     else:
         print_description(model, found, picture, all_blocks=all_blocks)
+
+
+def _memory(text: str) -> int:
+    """Bytes of a GPU; a number alone is one of bytes, which is rarely what was meant."""
+    found = parse_size(text)
+    if found < 1 << 20 and text.strip().isdigit():
+        raise UsageError(
+            f"--memory {text} is {found} bytes, too little for a GPU",
+            hint=f"name the unit: --memory {found}GiB",
+        )
+    return found
 
 
 def _short_name(model: str) -> str:

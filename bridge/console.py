@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ _UNITS: Final = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
     "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
 }  # fmt: skip
+_LARGEST: Final = 1 << 63
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
 
 
@@ -38,13 +40,16 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].lower()) if match else None
-    if match is None or unit is None or float(match[1]) <= 0:
-        raise UsageError(f"{text!r} is not a size", hint="write 512MiB, 1GiB or 5GB")
-    return int(float(match[1]) * unit)
+    size = float(match[1]) * unit if match and unit else math.nan
+    if not 1 <= size < _LARGEST:  # which NaN is not either
+        raise UsageError(f"{text[:80]!r} is not a size", hint="write 512MiB, 1GiB or 5GB")
+    return int(size)
 
 
 def gib(nbytes: float) -> str:
-    """Bytes in GiB, for people."""
+    """Bytes in GiB, or where they are very few in MiB, for people."""
+    if 0 < nbytes < (1 << 30) / 200:  # 0.00 GiB says nothing
+        return f"{nbytes / (1 << 20):.2f} MiB"
     return f"{nbytes / (1 << 30):.2f} GiB"
 
 

@@ -20,6 +20,7 @@ from bridge.spec import ModelSpec, ParallelLayout, tensor_parallel_problems
 from bridge.workload import MAIN_GRADIENT, OPTIMIZER, Workload
 
 _GIB: Final = 1 << 30
+_MIB: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,8 +119,9 @@ def suggest_layouts(
     if fits:
         return sorted(fits, key=lambda one: one.order)
     best = min(tried, key=lambda one: one.fullest.total)
-    memory = math.ceil(best.fullest.total / machine.memory_fraction / _GIB)
-    ways = [f"--memory {memory}GiB ({best.layout.name})"]
+    least = best.fullest.total / machine.memory_fraction
+    unit, name = (_GIB, "GiB") if least > _GIB else (_MIB, "MiB")
+    ways = [f"--memory {math.ceil(least / unit)}{name} ({best.layout.name})"]
     more = search.fewest_gpus()
     if more is not None:
         replicas = more.work.data_parallel_size
@@ -128,7 +130,14 @@ def suggest_layouts(
     need, rank = _gib(best.fullest.total), best.fullest.pp_rank
     where = [f"{best.layout.name} needs least, {need} on each rank of pipeline rank {rank}"]
     where.append(f"{_gib(machine.usable)} of each GPU may be filled, {machine.memory_fraction:.0%}")
-    if more is None:
+    passing = best.fullest.activations + best.fullest.kv_cache
+    is_passing = best.fullest.total - passing <= machine.usable
+    if is_passing or (more is None and search.is_each_block_small_enough()):
+        where.append(_passing_reason(best.fullest, is_all=is_passing))
+        ways.append("a smaller --sequence-length or --micro-batch-size")
+        if work.purpose == "training" and work.recompute == "none":
+            ways.append("--recompute-granularity full")
+    elif more is None:
         where.append("no number of such GPUs is enough: some block needs more by itself")
     raise NoLayoutFitsError(
         f"no layout of this model for {work.purpose} fits {each}",
@@ -154,18 +163,31 @@ class _Search:
                 if left % pp == 0:
                     yield self._suggestion(tp, pp, left // pp)
 
+    def is_each_block_small_enough(self) -> bool:
+        """Whether the weights of each block, and their gradients, fit at some TP."""
+        return any(self._largest <= self._room(tp) for tp in self._tensor_sizes())
+
+    @property
+    def _largest(self) -> int:
+        spec = self.spec
+        return max(block_num_parameters(spec, layer_idx) for layer_idx in range(spec.num_layers))
+
+    def _room(self, tp: int) -> float:
+        """How many parameters of a model fit on the TP ranks of a stage."""
+        per_parameter = dtype_named(self.work.params_dtype).itemsize
+        if self.work.purpose == "training":
+            per_parameter += MAIN_GRADIENT[self.work.params_dtype]
+        return self.machine.usable * tp / per_parameter
+
     def fewest_gpus(self) -> Suggestion | None:
         """The layout for the smallest number of GPUs of this memory; None where none is enough.
 
         More replicas help as well as more stages where they share the optimizer's state.
         """
         best: Suggestion | None = None
-        spec, per_parameter = self.spec, dtype_named(self.work.params_dtype).itemsize
-        if self.work.purpose == "training":
-            per_parameter += MAIN_GRADIENT[self.work.params_dtype]
-        largest = max(block_num_parameters(spec, layer_idx) for layer_idx in range(spec.num_layers))
+        spec, largest = self.spec, self._largest
         for tp in reversed(self._tensor_sizes()):
-            room = self.machine.usable * tp / per_parameter
+            room = self._room(tp)
             if largest > room:
                 continue
             for pp in range(math.ceil(num_parameters(spec) / room), spec.num_layers + 1):
@@ -181,7 +203,7 @@ class _Search:
         node = self.machine.gpus_per_node
         return [
             tp
-            for tp in range(1, node + 1)
+            for tp in range(1, min(node, self.spec.num_attention_heads) + 1)  # it divides the heads
             if node % tp == 0 and not tensor_parallel_problems(self.spec, tp)
         ]
 
@@ -220,5 +242,15 @@ def _with_sequence_parallelism(spec: ModelSpec, layout: ParallelLayout) -> Paral
     return divided
 
 
+def _passing_reason(rank: RankMemory, *, is_all: bool) -> str:
+    """That it is not the weights and what belongs to them, or not they alone, that do not fit."""
+    parts = {"activations": rank.activations, "KV cache": rank.kv_cache}
+    sizes = " and ".join(f"{_gib(size)} of {name}" for name, size in parts.items() if size)
+    if not is_all:
+        return f"no number of such GPUs is enough for {sizes} besides the weights"
+    return f"the rest would fit: {sizes} are too much"
+
+
 def _gib(nbytes: float) -> str:
-    return f"{nbytes / _GIB:.1f} GiB"
+    # 0.0 GiB says nothing.
+    return f"{nbytes / _GIB:.1f} GiB" if nbytes >= _GIB / 20 else f"{nbytes / _MIB:.1f} MiB"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from bridge.workload import Workload
 
 _SHOWN: Final = 6
+_DIVISOR: Final = 128
 _PARTS: Final[Mapping[str, str]] = {
     "weights": "weights",
     "gradients": "gradients",
@@ -33,15 +34,23 @@ def memory_as_data(ranks: Sequence[RankMemory], work: Workload) -> dict[str, Any
     }
 
 
-def suggestions_as_data(found: Sequence[Suggestion], machine: Machine) -> dict[str, Any]:
-    """Every layout that fits, the best first. Bytes."""
+def suggestions_as_data(
+    found: Sequence[Suggestion], machine: Machine, *, dtype: str | None = None
+) -> dict[str, Any]:
+    """Every layout that fits, the best first. Bytes.
+
+    Args:
+        found: The layouts.
+        machine: What they fit.
+        dtype: What an import must round to, if the model is not to be as stored.
+    """
     return {
         "machine": asdict(machine) | {"usable": machine.usable},
-        "suggestions": [_suggestion(one) for one in found],
+        "suggestions": [_suggestion(one, dtype) for one in found],
     }
 
 
-def _suggestion(one: Suggestion) -> dict[str, Any]:
+def _suggestion(one: Suggestion, dtype: str | None) -> dict[str, Any]:
     layout = one.layout
     return {
         "layout": layout.name,
@@ -55,13 +64,14 @@ def _suggestion(one: Suggestion) -> dict[str, Any]:
         "fullest_pp_rank": one.fullest.pp_rank,
         "memory": memory_as_data(one.ranks, one.work),
         "megatron_flags": _megatron_flags(one),
+        "import_flags": _import_flags(one, dtype),
     }
 
 
 def _megatron_flags(one: Suggestion) -> list[str]:
     from bridge.megatron_args import layout_flags
 
-    flags = layout_flags(one.layout)
+    flags = layout_flags(one.layout) + _vocabulary_flags(one)
     if one.work.purpose == "training":
         flags += ["--seq-length", str(one.work.sequence_length)]
         flags += ["--micro-batch-size", str(one.work.micro_batch_size)]
@@ -71,6 +81,19 @@ def _megatron_flags(one: Suggestion) -> list[str]:
             flags += ["--recompute-granularity", "full", "--recompute-method", "uniform"]
             flags += ["--recompute-num-layers", "1"]
     return flags
+
+
+def _import_flags(one: Suggestion, dtype: str | None) -> list[str]:
+    layout = one.layout
+    flags = ["--tp", str(layout.tensor_model_parallel_size)]
+    flags += ["--pp", str(layout.pipeline_model_parallel_size), *_vocabulary_flags(one)]
+    return flags if dtype is None else [*flags, "--dtype", dtype]
+
+
+def _vocabulary_flags(one: Suggestion) -> list[str]:
+    """The padding, unless it is what Megatron-LM and `import` do by themselves."""
+    divisor = one.layout.make_vocab_size_divisible_by
+    return [] if divisor == _DIVISOR else ["--make-vocab-size-divisible-by", str(divisor)]
 
 
 def print_memory(found: Mapping[str, Any]) -> None:
@@ -120,9 +143,8 @@ def print_suggestions(model: str, found: Mapping[str, Any]) -> None:
         console.print(f"and {len(suggestions) - _SHOWN} more that fit: --json has them all")
     console.print(f"\n{best['layout']} is first: {_why(best)}")
     print_memory(best["memory"])
-    sizes = f"--tp {best['tensor_model_parallel_size']} --pp {best['pipeline_model_parallel_size']}"
     console.print(f"\nMegatron-LM:     {shlex.join(best['megatron_flags'])}")
-    console.print(f"nemotron-bridge: import ... {sizes}")
+    console.print(f"nemotron-bridge: import ... {shlex.join(best['import_flags'])}")
     console.print(f"                 verify ... --layouts {best['layout']}")
 
 

@@ -47,6 +47,15 @@ class Loss(Protocol):
         ...
 
 
+Naming = Callable[[int, int], str]
+"""Of a rank among so many."""
+
+
+def worker(rank: int, size: int) -> str:
+    """What a hand is called, unless its caller knows better."""
+    return f"worker {rank} of {size}"
+
+
 def lost_worker(
     rank: int, size: int, pid: int | None, how: str, *, killed: bool
 ) -> WorkerLostError:
@@ -80,6 +89,7 @@ class LocalLead:
         args: Picklable.
         kwargs: Picklable.
         lost: What to say when a hand has died.
+        called: What to call a hand that has failed.
     """
 
     rank: Final = 0
@@ -91,9 +101,11 @@ class LocalLead:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         lost: Loss,
+        called: Naming,
     ) -> None:
         self.size = size
         self._lost = lost
+        self._called = called
         self.brake = Brake()
         self._changed = threading.Condition()
         self._values: dict[int, Any] = {}
@@ -182,7 +194,7 @@ class LocalLead:
             if kind == "error":
                 self._fail(content)
             elif kind == "crash":
-                self._fail(RuntimeError(f"worker {hand.rank} of {self.size} failed:\n{content}"))
+                self._fail(RuntimeError(f"{self._called(hand.rank, self.size)} failed:\n{content}"))
 
     def _fail(self, error: BaseException) -> None:
         self.brake.pull(error)
@@ -246,9 +258,10 @@ def led(
     kwargs: Mapping[str, Any],
     *,
     lost: Loss = lost_worker,
+    called: Naming = worker,
 ) -> Iterator[LocalLead]:
     """A lead and its hands, which are gone when the block ends; see `LocalLead`."""
-    lead = LocalLead(size, function, args, kwargs, lost)
+    lead = LocalLead(size, function, args, kwargs, lost, called)
     try:
         yield lead
     except BaseException as error:

@@ -51,14 +51,15 @@ def png(figure: Figure) -> bytes:
     pen = ImageDraw.Draw(picture)
     for words in figure.shapes:
         if isinstance(words, Words):
-            pen.text(
-                (words.x * _SCALE, words.y * _SCALE),
-                words.text,
-                fill=LIGHT[words.style],
-                font=ImageFont.load_default(words.size * _SCALE),
-                anchor=_ANCHORS[words.anchor],
-                stroke_width=0.4 if words.bold else 0,
-            )
+            # Bold is twice, a pixel apart: strokes thinner than that need Pillow 11.2.
+            for shift in (0, 1) if words.bold else (0,):
+                pen.text(
+                    (words.x * _SCALE + shift, words.y * _SCALE),
+                    words.text,
+                    fill=LIGHT[words.style],
+                    font=ImageFont.load_default(words.size * _SCALE),
+                    anchor=_ANCHORS[words.anchor],
+                )
     found = io.BytesIO()
     picture.save(found, "PNG", optimize=True)
     return found.getvalue()

@@ -21,6 +21,7 @@ _BARS: Final = "▁▂▃▄▅▆▇█"
 _RANKS: Final = digits + ascii_lowercase + ascii_uppercase
 _OTHER: Final[Mapping[str, str]] = {"linear": "-", "no_op": "."}
 _COLOURS: Final[Mapping[str, str]] = {"linear": "yellow", "no_op": "bright_black"}
+_LETTERS: Final = len(ascii_lowercase + ascii_uppercase)
 _ATTENTION, _FFN, _RANK = "blue", "cyan", "magenta"
 
 
@@ -75,11 +76,11 @@ def _symbols(found: Iterable[SubBlock], symbol: Callable[[int, int], str]) -> di
 
 
 def _groups_symbol(size: int, place: int) -> str:
-    return str(size) if size < 10 else ascii_uppercase[place]
+    return str(size) if size < 10 else (ascii_uppercase + ascii_lowercase)[place % _LETTERS]
 
 
 def _width_symbol(_size: int, place: int) -> str:
-    return (ascii_lowercase + ascii_uppercase)[place % 52]
+    return (ascii_lowercase + ascii_uppercase)[place % _LETTERS]
 
 
 def _bar(ffn: SubBlock, widest: int) -> str:
@@ -131,6 +132,8 @@ def _legend(
     notes = "(number of blocks); an ffn is named by its hidden width"
     if len({stage.pp_rank for stage in found.stages}) > len(digits):
         notes += f";\n{_label('')}pp ranks go on with a-z, A-Z, and then from 0 again"
+    if max(len(attention), len(ffn)) > _LETTERS:
+        notes += f";\n{_label('')}there are more sizes than letters: some letters stand for several"
     return text.append(_label("") + notes + "\n", "bright_black")
 
 

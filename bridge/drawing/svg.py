@@ -5,6 +5,7 @@ Colours are attributes, which every reader of SVG knows; the style sheet only da
 
 from __future__ import annotations
 
+import re
 from xml.sax.saxutils import escape, quoteattr
 
 from bridge.drawing.figure import WIDTH, Band, Box, Figure, Shape, Words
@@ -12,6 +13,8 @@ from bridge.drawing.palette import DARK, LIGHT
 
 _CLASS = "architecture"
 """Of the figure: a page's own rules for figures leave it alone, and its own leave the page."""
+_ILLEGAL = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+"""What XML 1.0 has no place for, not even escaped."""
 _STYLE = (
     "@media (prefers-color-scheme: dark) { "
     + " ".join(f".{_CLASS} .of-{name} {{ fill: {colour}; }}" for name, colour in DARK.items())
@@ -26,10 +29,14 @@ def svg(figure: Figure, *, inline: bool = False) -> str:
     return (
         f'<svg {namespace}class="{_CLASS}" '
         f'viewBox="0 0 {WIDTH} {figure.height:g}" role="img" '
-        f"aria-label={quoteattr(figure.title)} "
+        f"aria-label={quoteattr(_legal(figure.title))} "
         'font-family="system-ui, -apple-system, Segoe UI, DejaVu Sans, sans-serif">\n'
         f"<style>{_STYLE}</style>\n{shapes}\n</svg>\n"
     )
+
+
+def _legal(text: str) -> str:
+    return _ILLEGAL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _shape(shape: Shape) -> str:
@@ -38,7 +45,9 @@ def _shape(shape: Shape) -> str:
         case Box(title=title):
             place = f'x="{shape.x:.4g}" y="{shape.y:.4g}" width="{shape.width:.4g}"'
             start = f'<rect {fill} {place} height="{shape.height:.4g}"'
-            return f"{start}><title>{escape(title)}</title></rect>" if title else f"{start}/>"
+            return (
+                f"{start}><title>{escape(_legal(title))}</title></rect>" if title else f"{start}/>"
+            )
         case Band(top=(left, right, top), bottom=(low_left, low_right, bottom)):
             corners = ((left, top), (right, top), (low_right, bottom), (low_left, bottom))
             points = " ".join(f"{x:.4g},{y:.4g}" for x, y in corners)
@@ -47,5 +56,5 @@ def _shape(shape: Shape) -> str:
             weight = ' font-weight="600"' if shape.bold else ""
             return (
                 f'<text {fill} x="{shape.x:.4g}" y="{shape.y:.4g}" font-size="{shape.size:g}" '
-                f'text-anchor="{shape.anchor}"{weight}>{escape(shape.text)}</text>'
+                f'text-anchor="{shape.anchor}"{weight}>{escape(_legal(shape.text))}</text>'
             )

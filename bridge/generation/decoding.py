@@ -110,9 +110,19 @@ def generate(
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], spec: ModelSpec, *, max_new_tokens: int
+    prompts: Sequence[Sequence[int]],
+    spec: ModelSpec,
+    *,
+    max_new_tokens: int,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Refuse what cannot be continued, all of it at once.
+
+    Args:
+        prompts: Token ids.
+        spec: The model.
+        max_new_tokens: For each.
+        names: What to call the prompts in an error; by default they are counted from 1.
 
     Raises:
         UsageError: BR001, no new tokens, an empty prompt, ids outside the vocabulary, or more
@@ -122,15 +132,16 @@ def check_prompts(
         raise UsageError(f"{max_new_tokens} new tokens are none", hint="ask for 1 or more")
     limit = spec.max_position_embeddings
     wrong, too_long = [], False
-    for index, prompt in enumerate(prompts):
+    names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    for name, prompt in zip(names, prompts, strict=True):
         if not prompt:
-            wrong.append(f"prompt {index} is empty")
+            wrong.append(f"{name} is empty")
         elif not 0 <= min(prompt) <= max(prompt) < spec.vocab_size:
-            wrong.append(f"prompt {index} has tokens outside [0, {spec.vocab_size})")
+            wrong.append(f"{name} has tokens outside [0, {spec.vocab_size})")
         elif len(prompt) + max_new_tokens > limit:
             too_long = True
             wrong.append(
-                f"prompt {index}: {len(prompt)} tokens and {max_new_tokens} new ones are more "
+                f"{name}: {len(prompt)} tokens and {max_new_tokens} new ones are more "
                 f"than max_position_embeddings={limit}"
             )
     if wrong:

@@ -132,7 +132,7 @@ def _supervised(request: Request, progress: Progress, on_step: OnStep) -> list[C
     size = request.layout.world_size
     with (
         _new_meeting() as init_method,
-        led(size + 1, _serve, (request, init_method), {}, lost=_lost) as lead,
+        led(size + 1, _serve, (request, init_method), {}, lost=_lost, called=_called) as lead,
     ):
         nbytes = sum(lead.gather(0))
         with lead.phase(progress, _LOADING, nbytes):
@@ -171,9 +171,14 @@ def _serve(request: Request, init_method: str, *, crew: LocalHand) -> None:
         raise
 
 
+def _called(rank: int, size: int) -> str:
+    """A rank of the layout: the lead is none."""
+    return f"rank {rank - 1} of {size - 1}"
+
+
 def _lost(rank: int, size: int, pid: int | None, how: str, *, killed: bool) -> WorkerLostError:
     return WorkerLostError(
-        f"rank {rank - 1} of {size - 1} {how}",
+        f"{_called(rank, size)} {how}",
         where=f"process {pid}",
         hint="if nobody killed it, memory ran out: lower --batch-size or --max-new-tokens, or "
         "spread the model over more machines"

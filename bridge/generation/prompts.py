@@ -41,24 +41,60 @@ class Prompt:
         Args:
             tokenizer: Needed unless these are token ids.
             chat: Take the text for what a user says.
-            system: What a chat begins with, unless these are messages.
+            system: What a chat begins with.
 
         Raises:
-            UsageError: BR001, it is empty, or the chat template does not take it.
+            UsageError: BR001, it is empty or no Unicode, messages that have a system message
+                already, token ids where a chat is wanted, or what the chat template does not take.
         """
         if self.token_ids is not None:
+            if chat:
+                raise UsageError(
+                    "token ids are continued as they are; no chat can be made of them",
+                    where=self.where,
+                    hint="leave --chat away, or give prompt or messages",
+                )
             return self.token_ids
         assert tokenizer is not None  # noqa: S101 - who has text has loaded one
-        if self.messages is not None:
-            return tuple(tokenizer.encode_chat(self.messages))
-        if not self.text:
+        if self.messages is None and not self.text:
             raise UsageError("the prompt is empty", where=self.where)
-        if not chat:
+        said = self._said(system)
+        _refuse_surrogates(said, self.where)
+        if self.text is not None and not chat:
             return tuple(tokenizer.encode(self.text))
-        said = [{"role": "user", "content": self.text}]
-        if system is not None:
-            said.insert(0, {"role": "system", "content": system})
-        return tuple(tokenizer.encode_chat(said))
+        try:
+            return tuple(tokenizer.encode_chat(said))
+        except UsageError as error:
+            raise UsageError(
+                error.message, where=(self.where, *error.where), hint=error.hint
+            ) from error
+
+    def _said(self, system: str | None) -> list[Mapping[str, Any]]:
+        """The conversation, with the system message."""
+        said: list[Mapping[str, Any]] = [{"role": "user", "content": self.text}]
+        if self.messages is not None:
+            said = list(self.messages)
+        if system is None:
+            return said
+        if any(one.get("role") == "system" for one in said):
+            raise UsageError(
+                "the conversation has a system message of its own",
+                where=self.where,
+                hint="leave --system away, or take the message out",
+            )
+        return [{"role": "system", "content": system}, *said]
+
+
+def _refuse_surrogates(said: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Half of a UTF-16 pair: JSON can write it, and so come arguments that are not UTF-8."""
+    try:
+        json.dumps(said, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the prompt is not Unicode text: {error.object[error.start]!a} is no character",
+            where=where,
+            hint="write it in UTF-8; JSON escapes a character beyond U+FFFF as a pair",
+        ) from None
 
 
 def given_prompts(texts: Sequence[str], file: Path | None) -> list[Prompt]:
@@ -67,7 +103,7 @@ def given_prompts(texts: Sequence[str], file: Path | None) -> list[Prompt]:
     Args:
         texts: As they were given.
         file: One prompt a line; with the suffix .jsonl one JSON object a line. Empty lines are
-            passed over.
+            passed over, and so is a byte order mark.
 
     Raises:
         UsageError: BR001, there is none, the file cannot be read, or lines that are no prompts.
@@ -84,7 +120,7 @@ def given_prompts(texts: Sequence[str], file: Path | None) -> list[Prompt]:
 
 def _read(file: Path) -> list[Prompt]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the prompts: {error}", where=str(file)) from None
     found, wrong = [], []
@@ -92,7 +128,7 @@ def _read(file: Path) -> list[Prompt]:
         where = f"{file}:{number}"
         if not line.strip():
             continue
-        if file.suffix != ".jsonl":
+        if file.suffix.lower() != ".jsonl":
             found.append(Prompt(text=line.removesuffix("\r"), where=where))
             continue
         try:

@@ -80,7 +80,8 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     Returns:
         (vocab_size,), float64. They need not sum to 1.
     """
-    scaled = logits.double() / sampling.temperature
+    # The likeliest at 0 before the division: a tiny temperature makes infinity of anything else.
+    scaled = (logits.double() - logits.double().max()) / sampling.temperature
     ordered, tokens = scaled.sort(descending=True, stable=True)
     kept = ordered[: sampling.top_k or None].softmax(dim=0)
     if sampling.top_p < 1.0:

@@ -7,9 +7,9 @@ other half, so the pieces together are the text that all tokens give at once.
 from __future__ import annotations
 
 import json
-import os.path
 import re
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -156,9 +156,11 @@ class TextStream:
             return ""
         if self._stream is not None:
             try:
-                return self._stream.step(self._backend, token_id) or ""
-            except Exception:  # tokenizers raises bare ones where the text does not only grow
+                piece: str | None = self._stream.step(self._backend, token_id)
+            except Exception:  # noqa: BLE001 - a bare one, where the text does not only grow
                 self._stream = None
+            else:
+                return piece or ""
         if not self._tokenizer.decode([token_id]):
             return ""  # it is left out, and bytes on either side of it are one run
         settled = self.text.rstrip(_BROKEN)
@@ -170,7 +172,8 @@ class TextStream:
         Where what has been shown is not how the text begins, all from where they part.
         """
         text = self.text
-        return text[len(os.path.commonprefix([text, self._shown])) :]
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, self._shown)))  # noqa: B905 - one is longer
+        return text[same:]
 
     @property
     def text(self) -> str:

@@ -170,3 +170,30 @@ def test_impossible_machines_are_refused() -> None:
     ):
         with pytest.raises(UsageError):
             Machine(**{"num_gpus": 1, "memory": 1, **wrong})  # type: ignore[arg-type]
+
+
+def test_what_passes_by_is_named_where_it_is_what_does_not_fit() -> None:
+    """A long sequence: its cache, and a shorter one as a way out; of training, recomputation."""
+    spec = model("Llama-3.1-Nemotron-Nano-8B-v1")
+    with pytest.raises(NoLayoutFitsError) as error:
+        search(spec, 1, 24, sequence_length=131072)
+    assert re.search(r"the rest would fit: .* of activations and 16.0 GiB of KV", str(error.value))
+    assert "smaller --sequence-length or --micro-batch-size" in str(error.value)
+    with pytest.raises(NoLayoutFitsError, match="--recompute-granularity full") as error:
+        search(spec, 1, 1, purpose="training", sequence_length=131072)
+    assert "some block needs more" not in str(error.value)
+
+
+def test_little_memory_is_named_in_mebibytes() -> None:
+    """A toy: no whole GiB where less would do."""
+    spec = model("Llama-3.1-Nemotron-Nano-8B-v1")
+    toy = dataclasses.replace(
+        spec, hidden_size=64, num_attention_heads=2, kv_channels=32, vocab_size=512,
+        blocks=(BlockSpec(attention=GroupedQueryAttention(num_query_groups=1),
+                          ffn=SwiGLU(ffn_hidden_size=64)),) * 2,
+    )  # fmt: skip
+    with pytest.raises(NoLayoutFitsError, match=r"fits 1 GPU of 0\.\d MiB") as error:
+        search(toy, 1, 1 / 4096, sequence_length=16)
+    found = re.search(r"--memory (\d+)MiB", error.value.hint or "")
+    assert found is not None
+    assert search(toy, 1, int(found[1]) / 1024, sequence_length=16)

@@ -100,6 +100,12 @@ def test_a_png_without_pillow_is_refused_with_the_way_to_get_it(
         (["--suggest-layout", "--gpus", "8", "--memory", "80GiB", "--tp", "2"], 2, "BR001"),
         (["--suggest-layout", "--gpus", "8", "--memory", "many"], 2, "'many' is not a size"),
         (["--gpus", "8", "--memory", "80GiB"], 2, "add --suggest-layout"),
+        (["--gpus-per-node", "4"], 2, "add --suggest-layout"),
+        (["--suggest-layout", "--gpus", "8", "--memory", "80"], 2, "--memory 80GiB"),
+        (["--suggest-layout", "--gpus", "8", "--memory", "9" * 400], 2, "is not a size"),
+        (["--suggest-layout", "--gpus", "8", "--memory", "80GiB", "--blocks"], 2, "--blocks away"),
+        (["--recompute-granularity", "full"], 2, "add --purpose training"),
+        (["--sequence-length", "1000000"], 2, "max_position_embeddings=131072"),
         (["--suggest-layout", "--gpus", "1", "--memory", "8GiB"], 2, "BR203 no layout"),
         (["--sequence-parallel"], 2, "BR201"),
     ],
@@ -152,6 +158,18 @@ def test_a_suggested_layout_comes_with_the_flags_that_make_it(run: Run) -> None:
     assert f"{best['layout']} is first: " in shown
     for rank in best["memory"]["pp_ranks"]:
         assert f"{rank['num_parameters']:,}" in shown
+
+
+def test_flags_to_paste_keep_what_the_memory_was_counted_for(run: Run) -> None:
+    """The padding of the vocabulary and the dtype, where they are not the usual ones."""
+    found = run(
+        "inspect", NANO, "--suggest-layout", "--gpus", "1", "--memory", "80GiB",
+        "--gpus-per-node", "3000000000", "--make-vocab-size-divisible-by", "64",
+        "--dtype", "float32",
+    ).out  # fmt: skip
+    padding = "--make-vocab-size-divisible-by 64"
+    assert f"import ... --tp 1 --pp 1 {padding} --dtype float32\n" in found
+    assert re.search(f"^Megatron-LM: .* {padding}$", found, re.MULTILINE)
 
 
 def test_a_picture_of_a_suggested_layout_shows_its_stages(run: Run, tmp_path: Path) -> None:

@@ -230,11 +230,11 @@ def test_all_that_is_wrong_with_prompts_is_said_at_once(request_of: Request) -> 
     with pytest.raises(UsageError) as caught:
         check_prompts([[1], [], [spec.vocab_size], [-1], [0] * (limit - 2)], spec, max_new_tokens=3)
     assert caught.value.where == (
-        "prompt 1 is empty",
-        f"prompt 2 has tokens outside [0, {spec.vocab_size})",
+        "prompt 2 is empty",
         f"prompt 3 has tokens outside [0, {spec.vocab_size})",
+        f"prompt 4 has tokens outside [0, {spec.vocab_size})",
         (
-            f"prompt 4: {limit - 2} tokens and 3 new ones are more than "
+            f"prompt 5: {limit - 2} tokens and 3 new ones are more than "
             f"max_position_embeddings={limit}"
         ),
     )

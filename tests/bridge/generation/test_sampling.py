@@ -49,6 +49,12 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says(
     assert chi_square < 18.5  # one in a thousand exceeds it with 4 degrees of freedom
 
 
+def test_the_smallest_temperature_takes_the_likeliest() -> None:
+    """Differences of logits become infinite, and no NaN."""
+    found = probabilities(LOGITS, Sampling(temperature=1e-320, top_p=0.9))
+    assert found.tolist() == [0, 0, 1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, 0, 1.0), (0.6, 0, 0.95), (1.5, 7, 1.0), (0.8, 20, 0.5), (3.0, 1000, 0.01), (0.1, 1, 1)],
