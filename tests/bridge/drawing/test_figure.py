@@ -168,6 +168,13 @@ def test_svg_is_a_document_that_says_in_words_what_it_shows() -> None:
     assert len(list(root.iter(f"{SVG}rect"))) == sum(isinstance(one, Box) for one in found.shapes)
 
 
+def test_a_name_of_any_characters_makes_a_document() -> None:
+    """XML has no place for most control characters, nor for halves of a pair."""
+    named = Figure(title="a\x00<\ud800\x1b", height=9.0, shapes=())
+    document = ET.fromstring(svg(named))  # noqa: S314 - our own
+    assert document.get("aria-label") == "a\ufffd<\ufffd\ufffd"
+
+
 def test_colours_are_there_for_light_and_dark_and_reach_nothing_else() -> None:
     """Each style has both; the sheet darkens the figure alone, and attributes need no sheet."""
     text = svg(figure(drawn("puzzle", "tp1-pp2")))

@@ -104,3 +104,12 @@ def test_every_variant_fits_80_columns_and_shows_each_block(path: Path) -> None:
         for row in ("attention ", "ffn       ", "pp rank   "):
             columns = [line[10:] for line in lines if line.startswith(row) and "=" not in line]
             assert sum(map(len, columns)) == spec.num_layers
+
+
+def test_more_sizes_than_letters_are_drawn_and_said() -> None:
+    """Whatever a model is made of: the legend says that letters come again."""
+    many = [(SubBlock("full", 8 + count), SubBlock("full", 8 * count)) for count in range(1, 61)]
+    lines = strip(drawn(*many), ascii_only=True).plain.splitlines()
+    assert "some letters stand for several" in lines[-1]
+    assert max(map(len, lines)) <= 80
+    assert "several" not in strip(drawn(*many[:52]), ascii_only=True).plain
