@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from bridge.crew.launch import crew_of
+from bridge.crew.local import led
 from bridge.errors import ConfigError, UsageError, WorkerLostError
 from bridge.progress import Advance
 
@@ -71,6 +72,17 @@ def test_a_bug_in_a_worker_keeps_its_traceback() -> None:
         crew.run(functions.crash)
     assert "worker 1 of 2" in str(caught.value)
     assert "ZeroDivisionError: a bug of ours" in str(caught.value)
+
+
+def test_a_hand_has_the_name_that_its_caller_gives_it() -> None:
+    """Where the lead is no rank, the first hand is rank 0."""
+    with (
+        pytest.raises(RuntimeError, match=r"^rank 0 of 1 failed"),
+        led(
+            2, functions.crash, (), {}, called=lambda rank, size: f"rank {rank - 1} of {size - 1}"
+        ) as lead,
+    ):
+        lead.gather(None)
 
 
 @pytest.mark.parametrize(
