@@ -148,7 +148,7 @@ def prove_blocks(
         blocks=blocks,
         left_out=left,
         num_parameters=sum(block_num_parameters(spec, layer_idx) for layer_idx in blocks),
-        summary=worst.summary,
+        summary=_said(worst),
         places=worst.finding.places if worst.finding is not None else (),
         command=command,
     )
@@ -162,6 +162,13 @@ def rest_command(
     words += ["--stream", "--checks", "blocks", "--blocks", ranges(blocks)]
     words += [word for name in carry for word in ("--carry-field", name)]
     return shlex.join(words)
+
+
+def _said(result: Result) -> str:
+    """One line; of a case that was not run, why in more than a word where there is more."""
+    if result.status == "not run" and result.traceback:
+        return result.traceback.splitlines()[0]
+    return result.summary
 
 
 def _status(results: Sequence[Result]) -> Status:

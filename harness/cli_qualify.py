@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def qualify(
+    context: typer.Context,
     hf_model: Annotated[
         str | None, typer.Option("--hf-model", help="Checkpoint directory or Hub id.")
     ] = None,
@@ -101,14 +102,17 @@ def qualify(
     that it fits, and through every fault of the catalogue. --check looks at such a bundle again.
     """
     if check is not None:
-        if any(one is not None for one in (hf_model, config, suite, megatron_path, report)):
-            raise UsageError("--check takes a bundle and nothing else", hint="leave the rest away")
+        _refuse_others(context)
         _check(check, json_=json_)
         return
+    if list_only and resume:
+        raise UsageError("--list runs nothing that --resume could go on with")
     from harness.conditions import scratch
-    from harness.qualify.bundle import refuse_finished
+    from harness.qualify.bundle import refuse_foreign, refuse_other_config
     from harness.qualify.job import Request, job_of, look
 
+    if report is not None and not list_only:
+        refuse_foreign(report, resume=resume)
     with scratch(workdir) as directory:
         job = job_of(
             Request(
@@ -125,7 +129,7 @@ def qualify(
             return
         if report is None:
             raise UsageError("the evidence needs a place", hint="give --report DIR")
-        refuse_finished(report)
+        refuse_other_config(report, job.config)
         sys.stderr.write(f"{work}\n")
         code = _run(
             job, directory, report, memory_budget=memory_budget, workers=workers, timeout=timeout,
@@ -133,6 +137,22 @@ def qualify(
         )  # fmt: skip
     if code:
         raise typer.Exit(code)
+
+
+def _refuse_others(context: typer.Context) -> None:
+    """Refuse what was typed beside --check: it would be thought to count."""
+    others = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name not in ("check", "json_")
+        and getattr(context.get_parameter_source(parameter.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if others:
+        raise UsageError(
+            "--check takes a bundle and nothing else",
+            where=others,
+            hint="leave the rest away; --json may stay",
+        )
 
 
 def _run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import time
 import traceback
@@ -31,6 +32,9 @@ NO_REFERENCE: Final = "reference"
 """Why a case is left out that needs the reference model where only files of its logits are."""
 STREAMED: Final = "streamed"
 """Why a case is left out that needs the whole model where it is streamed."""
+_LACKING: Final = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO}
+)
 _FIRST_LAYOUTS: Final = (None, BASE_LAYOUT)
 """No ranks at first, while they start; then the layout that others are compared with."""
 
@@ -46,6 +50,8 @@ class Result:
         reason: Why it did not run, or the error in one line.
         traceback: Of an error that is nobody's deliberate refusal.
         seconds: Wall-clock time, shared inputs included where this case was the first to need them.
+        machine_lacked: The error is this machine's, which had no memory or room: it says nothing
+            of what was checked.
     """
 
     case: Case
@@ -54,6 +60,7 @@ class Result:
     reason: str = ""
     traceback: str = ""
     seconds: float = 0.0
+    machine_lacked: bool = False
 
     @property
     def summary(self) -> str:
@@ -176,7 +183,7 @@ def run_case(case: Case, bench: Bench) -> Result:
         text = "\n".join([str(error), *notes])
         return Result(
             case=case, status="error", reason=reason, traceback=text,
-            seconds=time.monotonic() - started,
+            seconds=time.monotonic() - started, machine_lacked=_machine_lacked(error),
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - one broken case must not cost the others
         return Result(
@@ -185,6 +192,7 @@ def run_case(case: Case, bench: Bench) -> Result:
             reason=traceback.format_exception_only(error)[-1].strip(),
             traceback=traceback.format_exc(),
             seconds=time.monotonic() - started,
+            machine_lacked=_machine_lacked(error),
         )
     return Result(
         case=case,
@@ -192,6 +200,21 @@ def run_case(case: Case, bench: Bench) -> Result:
         finding=finding,
         seconds=time.monotonic() - started,
     )
+
+
+def _machine_lacked(error: BaseException) -> bool:
+    """Whether an error, or what it was made of, is one that no input and no code under test makes.
+
+    A file that is missing, torn or unreadable is none: that a damaged checkpoint leads to.
+    """
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, MemoryError) or (isinstance(link, OSError) and link.errno in _LACKING):
+            return True
+        seen.add(id(link))
+        link = link.__cause__ or link.__context__
+    return False
 
 
 def _unavailable(case: Case) -> str | None:

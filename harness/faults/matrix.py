@@ -20,6 +20,7 @@ from typing import Any, Final
 from bridge.errors import UsageError
 from harness.bench import BASE_LAYOUT, Bench, Subject
 from harness.checks import CHECKS
+from harness.errors import WorkerFailedError
 from harness.faults import CATALOGUE, applicable, fault_named
 from harness.faults.units import Matrix, Unit
 from harness.hooks import Fault, seams_of
@@ -83,6 +84,10 @@ def results_under(
 
     A check that has killed the fault in one case need not do so in its others, and after `enough`
     killers nobody need.
+
+    Raises:
+        WorkerFailedError: HN202, this machine had no room or memory for it: no check has noticed
+            anything then, and the fault is not to count as killed.
     """
     seams = seams_of(fault)
     scratch = Path(tempfile.mkdtemp(prefix="unit-", dir=bench.workdir))
@@ -95,12 +100,23 @@ def results_under(
                 break
             if case.check in killers or not CHECKS[case.check].sees & seams:
                 continue
-            result = run_case(case, faulty)
+            result = _carried_out(run_case(case, faulty), fault.name)
             if result.status in ("failed", "error"):
                 killers.add(case.check)
             yield result
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _carried_out(result: Result, what: str) -> Result:
+    if result.machine_lacked:
+        raise WorkerFailedError(
+            f"{what} could not be tried: {result.reason}",
+            where=result.case.id,
+            hint="make room under TMPDIR, or use fewer --workers, and run it again; "
+            "`qualify --resume` goes on with the faults that are left",
+        )
+    return result
 
 
 def run_unit(
@@ -147,7 +163,7 @@ def _by_check(results: Sequence[Result]) -> dict[str, float]:
 def run_healthy(bench: Bench, toy: str, checks: Sequence[str], compute: Compute) -> list[str]:
     """What fails on the toy without a fault: nothing, or the matrix means nothing."""
     cases = in_running_order(cases_for(toy, bench, checks, compute=compute))
-    results = [run_case(case, bench) for case in cases]
+    results = [_carried_out(run_case(case, bench), "the healthy model") for case in cases]
     return [
         f"{result.case.id}: {result.summary}" for result in results if result.status != "passed"
     ]

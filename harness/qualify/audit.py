@@ -17,8 +17,13 @@ from typing import Any, Final
 
 from bridge.errors import BridgeError
 from bridge.hf_config import load_hf_config
+from harness.checks import CHECKS
 from harness.errors import EvidenceError
+from harness.faults import CATALOGUE
+from harness.hooks import seams_of
 from harness.qualify.bundle import CONFIG_NAME, SUMS_NAME, files_of, texts
+from harness.qualify.journals import journal_problems
+from harness.qualify.origin import origin_problems
 from harness.qualify.scope import Choices, Scope, scope_of
 from harness.qualify.trial import matrix_data
 from harness.qualify.verdict import (
@@ -35,6 +40,10 @@ from harness.runner import in_running_order
 from harness.thresholds import load_thresholds
 
 Data = Mapping[str, Any]
+_UNREADABLE: Final = (
+    BridgeError, OSError, KeyError, TypeError, ValueError, IndexError, AttributeError,
+    RecursionError,
+)  # fmt: skip
 _CHOICES: Final = ("weights", "paired", "full", "seed", "dtype", "device", "stand_in")
 
 
@@ -77,7 +86,7 @@ def audit(directory: Path) -> Audit:
     try:
         data = read_evidence(directory)
         matrix = json.loads((directory / MATRIX_NAME).read_text("utf-8"))
-    except (BridgeError, OSError, ValueError) as error:
+    except (BridgeError, OSError, ValueError, RecursionError) as error:
         return Audit(problems=(*problems, *str(error).splitlines()), verdict=None)
     if "qualification" not in data:
         problems.append(f"{FILE_NAME}: evidence of some run, and not of a qualification")
@@ -87,9 +96,10 @@ def audit(directory: Path) -> Audit:
     try:
         scope = _scope(directory, data)
         problems += _run_problems(data, matrix, scope)
+        problems += journal_problems(directory, data, matrix)
         if other_code is None:
             problems += _derived_problems(directory, data, matrix, scope)
-    except (BridgeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except _UNREADABLE as error:
         first = str(error).splitlines()[:1]
         problems.append(f"cannot be derived again: {type(error).__name__}: {' '.join(first)}")
     return Audit(problems=tuple(problems), verdict=data["verdict"], other_code=other_code)
@@ -97,12 +107,23 @@ def audit(directory: Path) -> Audit:
 
 def _sum_problems(directory: Path) -> Iterator[str]:
     """Files that are not as they were, that are gone, and that nobody has summed up."""
-    wanted = {}
+    for path in directory.rglob("*"):
+        name = path.relative_to(directory).as_posix()
+        if path.is_symlink():
+            yield f"{name}: a link, and no file of a bundle"
+        elif path.is_dir():
+            if not any(path.iterdir()):
+                yield f"{name}: an empty directory, which no sum is of"
+        elif not path.is_file():
+            yield f"{name}: no plain file"
+    wanted: dict[str, str] = {}
     for line in (directory / SUMS_NAME).read_text("utf-8", "replace").splitlines():
         digest, separator, name = line.partition("  ")
         if not separator or len(digest) != hashlib.sha256().digest_size * 2:
             yield f"{SUMS_NAME}: {line[:80]!r} is no sum"
             continue
+        if name in wanted:
+            yield f"{SUMS_NAME}: {name} is summed up twice"
         wanted[name] = digest
     present = files_of(directory)
     yield from (f"{name}: missing" for name in sorted(wanted.keys() - set(present)))
@@ -127,6 +148,10 @@ def _scope(directory: Path, data: Data) -> Scope:
 def _run_problems(data: Data, matrix: Data, scope: Scope) -> Iterator[str]:
     """What the run's own numbers, or the limits that are shipped, contradict."""
     yield from total_problems(data)
+    for name, expected in origin_problems(data["qualification"]["origin"]).items():
+        yield f"qualification.origin.{name}: {expected} is expected"
+    if data["allowed_not_run"]:
+        yield "allowed_not_run: a qualification allows nothing to be left out"
     shipped = load_thresholds()
     ours, theirs = (
         {(one["name"], one["dtype"]): one for one in found}
@@ -213,5 +238,13 @@ def _matrix_problems(matrix: Data, scope: Scope) -> Iterator[str]:
     for one in units:
         if not set(one["killed_by"]) <= set(one["looked"]):
             yield f"{MATRIX_NAME}: {one['fault']} was killed by a check that did not look"
+        seams = seams_of(CATALOGUE[one["fault"]])
+        blind = [name for name in one["looked"] if not CHECKS[name].sees & seams]
+        if blind:
+            yield f"{MATRIX_NAME}: {', '.join(blind)} cannot have looked at {one['fault']}"
         if bool(one["first"]) != bool(one["killed_by"]):
             yield f"{MATRIX_NAME}: {one['fault']} was killed without a word, or lived with one"
+        elif one["killed_by"] and not one["first"].startswith(
+            f"{one['killed_by'][0]}/{one['toy']}/"
+        ):
+            yield f"{MATRIX_NAME}: the word on {one['fault']} is not its first killer's"

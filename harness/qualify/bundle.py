@@ -10,20 +10,25 @@ SHA256SUMS     of every file in the directory, journals and rank logs included; 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import UsageError
 from bridge.outputs import write_atomically
+from harness.errors import ResumeError
 from harness.qualify.origin import Origin
 from harness.qualify.scope import Scope
 from harness.qualify.verdict import fault_counts, overall
 from harness.report import card
 from harness.report.digests import sha256_of
 from harness.report.evidence import FILE_NAME, read_evidence, strict, to_json, validate
+from harness.report.files import RANK_LOGS, writing_into
 from harness.report.html import html
+from harness.report.journal import FILE_NAME as JOURNAL_NAME
 from harness.report.junit import junit
 from harness.report.markdown import markdown
 from harness.report.write import MATRIX_NAME
@@ -35,17 +40,69 @@ TWIN_NAME: Final = "twin.json"
 Data = Mapping[str, Any]
 
 
-def refuse_finished(directory: Path) -> None:
-    """Refuse to write over a bundle.
+def refuse_foreign(directory: Path, *, resume: bool) -> None:
+    """Refuse a directory that is not this command's to fill, before anything is made there.
+
+    A bundle has a config.json and sums up every file beside it: in a directory of something else
+    it would write over the one and vouch for the other.
+
+    Args:
+        directory: Of the report.
+        resume: A run is to be gone on with.
 
     Raises:
-        UsageError: BR001, there is one.
+        UsageError: BR001, a bundle is there, or files of something else.
+        ResumeError: HN102, there is no run to go on with.
     """
     if (directory / SUMS_NAME).exists():
         raise UsageError(
             "a finished bundle is there already",
             where=str(directory),
             hint="give --report another directory; `qualify --check` looks at what is there",
+        )
+    if (directory / JOURNAL_NAME).is_file():
+        return
+    if _holds_something(directory):
+        raise UsageError(
+            "the directory holds something else, which a bundle would write over and sum up",
+            where=str(directory),
+            hint="give --report a directory that is empty, or that is not there yet",
+        )
+    if resume:
+        raise ResumeError(
+            "there is no run to resume",
+            where=str(directory / JOURNAL_NAME),
+            hint="leave --resume away, or give the --report directory of the earlier run",
+        )
+
+
+def _holds_something(directory: Path) -> bool:
+    """Whether anything is there but what a run leaves that was killed before it had a journal."""
+    if not os.path.lexists(directory):
+        return False
+    with writing_into(directory):
+        return any(
+            not (path.name == RANK_LOGS and path.is_dir() and not any(path.iterdir()))
+            for path in directory.iterdir()
+        )
+
+
+def refuse_other_config(directory: Path, config: bytes) -> None:
+    """Refuse a directory whose config.json is not the one that a bundle would put there.
+
+    Args:
+        directory: Of the report.
+        config: What is qualified.
+
+    Raises:
+        UsageError: BR001, there is another.
+    """
+    path = directory / CONFIG_NAME
+    if path.exists() and path.read_bytes() != config:
+        raise UsageError(
+            "another configuration is there, which a bundle would write over",
+            where=str(path),
+            hint="give --report another directory",
         )
 
 
@@ -62,9 +119,11 @@ def write_bundle(
         config: The configuration, as it lay there.
     """
     data = qualified(read_evidence(directory), scope, origin, matrix)
-    (directory / CONFIG_NAME).write_bytes(config)
+    write_atomically(directory / CONFIG_NAME, config)
     for name, text in texts(data, scope.twin_config, matrix).items():
         write_atomically(directory / name, text)
+    with contextlib.suppress(OSError):  # sums are of files: no sum would be of an empty folder
+        (directory / RANK_LOGS).rmdir()
     write_atomically(directory / SUMS_NAME, sums(directory))
     return data
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from bridge.console import gib, parse_size
 from bridge.dtypes import dtype_named
 from bridge.errors import InconsistentConfigError, UsageError
-from bridge.hf_config import CONFIG_NAME, config_file, load_hf_config
+from bridge.family import FAMILY
+from bridge.hf_config import CONFIG_NAME, config_file, load_hf_config, spec_from_hf_config
 from bridge.hub import resolve_here
 from bridge.parameters import num_parameters
 from bridge.plan import ranges
@@ -72,17 +73,14 @@ class Job:
         path: The checkpoint, or the configuration alone.
         megatron: The checkpoint that is held against it.
         origin: Whose weights, by which code.
+        config: The configuration, byte for byte, as it was when it was read.
     """
 
     scope: Scope
     path: Path
     megatron: Path | None
     origin: Origin
-
-    @property
-    def config(self) -> bytes:
-        """The configuration, byte for byte."""
-        return config_file(self.path).read_bytes()
+    config: bytes
 
     def subjects(self, twin: Path) -> dict[str, Subject]:
         """The models under test, by name.
@@ -119,6 +117,8 @@ def job_of(request: Request, scratch: Path) -> Job:
     variant = None if request.suite is None else load_variant(request.suite)
     if request.hf_model is not None and request.config is not None:
         raise UsageError("give either --hf-model, or --config for a configuration without weights")
+    if request.revision is not None and request.hf_model is None:
+        raise UsageError("--revision is of a Hub id, which only --hf-model takes")
     path, stand_in = _found(request, variant, scratch)
     if request.megatron is not None and not path.is_dir():
         raise UsageError(
@@ -130,8 +130,15 @@ def job_of(request: Request, scratch: Path) -> Job:
         hf_id=request.hf_id or (None if variant is None else variant.hf_id),
         hf_revision=request.hf_revision, base_container=request.base_container,
     )  # fmt: skip
+    if variant is not None and request.hf_id not in (None, variant.hf_id):
+        raise UsageError(
+            f"--suite {variant.name} is {variant.hf_id}, --hf-id says {request.hf_id}",
+            hint="leave one of them away",
+        )
+    parsed = load_hf_config(path)
+    config = config_file(path).read_bytes()
     scope = scope_of(
-        load_hf_config(path),
+        parsed,
         Choices(
             name=_name(path, request, variant, origin),
             weights="checkpoint" if path.is_dir() else "synthetic",
@@ -145,13 +152,16 @@ def job_of(request: Request, scratch: Path) -> Job:
         ),
         where=str(config_file(path)),
     )
-    if variant is not None and stand_in is None:
-        _published(scope, variant, path)
+    known = {one.hub_id: one.num_parameters for one in FAMILY} | (
+        {} if variant is None else {variant.hf_id: variant.num_parameters}
+    )
+    if origin.hf_id is not None and stand_in is None:
+        _published(scope, origin.hf_id, known.get(origin.hf_id), path)
     if path.is_dir():
         account_for_hf(path)
     if request.megatron is not None:
         account_for_megatron(request.megatron, scope.spec)
-    return Job(scope=scope, path=path, megatron=request.megatron, origin=origin)
+    return Job(scope=scope, path=path, megatron=request.megatron, origin=origin, config=config)
 
 
 def _found(request: Request, variant: Variant | None, scratch: Path) -> tuple[Path, str | None]:
@@ -185,15 +195,14 @@ def _name(path: Path, request: Request, variant: Variant | None, origin: Origin)
     return place.parent.name if place.name == CONFIG_NAME else place.stem
 
 
-def _published(scope: Scope, variant: Variant, path: Path) -> None:
-    """See that a configuration is the variant's, as far as its size tells."""
+def _published(scope: Scope, hf_id: str, published: int | None, path: Path) -> None:
+    """See that a configuration is that of a known model, as far as its size tells."""
     found = num_parameters(scope.spec)
-    if variant.num_parameters not in (None, found):
+    if published not in (None, found):
         raise InconsistentConfigError(
-            f"this is not {variant.hf_id}: {found:,} parameters, {variant.num_parameters:,} are "
-            "published",
+            f"this is not {hf_id}: {found:,} parameters, {published:,} are published",
             where=str(path),
-            hint="leave --suite away to qualify a model of its own",
+            hint="leave --suite and --hf-id away to qualify a model of its own",
         )
 
 
@@ -224,13 +233,14 @@ def look(job: Job, *, memory_budget: str, workdir: Path | None) -> str:
     total = num_parameters(scope.spec)
     if choices.weights == "checkpoint" and not choices.paired:
         _refuse_full_disk(2 * total * stored, workdir)
+    small = num_parameters(spec_from_hf_config(scope.twin_config))
     walked = sum(one.num_parameters for one in segments)
     chosen = range(scope.spec.num_layers) if scope.blocks is None else scope.blocks
     return (
         f"{choices.name}: {total:,} parameters in {scope.spec.num_layers} blocks\n"
         f"  at real dimensions: {walked:,} of them, blocks {ranges(chosen)}\n"
-        f"  on a twin of {len(scope.twin.layer_idx)} blocks: {_cases(scope)} cases over "
-        f"{', '.join(scope.layouts)}; {len(scope.faults)} faults"
+        f"  on a twin of {len(scope.twin.layer_idx)} blocks, {small:,} parameters: "
+        f"{_cases(scope)} cases over {', '.join(scope.layouts)}; {len(scope.faults)} faults"
     )
 
 

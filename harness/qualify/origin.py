@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from bridge.errors import UsageError
 
-_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_IMAGE: Final = re.compile(r"[A-Za-z0-9][\w.-]*([/:][\w.-]+)*(@sha256:[0-9a-f]{64})?", re.ASCII)
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _PACKAGE: Final = Path(__file__).parents[1]
 
@@ -55,13 +57,13 @@ def origin_of(
         base_container: By the user's word.
 
     Raises:
-        UsageError: BR001, an id or a revision that is none.
+        UsageError: BR001, an id, a revision or an image that is none.
     """
-    wrong = []
-    if hf_id is not None and not _HUB_ID.fullmatch(hf_id):
-        wrong.append(f"--hf-id {hf_id}: org/name is expected")
-    if hf_revision is not None and not _COMMIT.fullmatch(hf_revision):
-        wrong.append(f"--hf-revision {hf_revision}: a commit of 40 hexadecimal digits is expected")
+    given = {"hf_id": hf_id, "hf_revision": hf_revision, "base_container": base_container}
+    wrong = [
+        f"--{name.replace('_', '-')} {given[name]}: {expected} is expected"
+        for name, expected in origin_problems(given).items()
+    ]
     if wrong:
         raise UsageError(
             "what the card is to say of the model is not pinned down",
@@ -79,6 +81,26 @@ def origin_of(
         bridge_commit=bridge_commit(),
         base_container=base_container,
     )
+
+
+def origin_problems(said: Mapping[str, Any]) -> dict[str, str]:
+    """What an origin should have where it has something else, by its field.
+
+    Args:
+        said: An origin, or part of one, as plain data.
+    """
+    kinds = {
+        "hf_id": (_HUB_ID, "org/name"),
+        "hf_revision": (_COMMIT, "a commit of 40 hexadecimal digits"),
+        "bridge_commit": (_COMMIT, "a commit of 40 hexadecimal digits"),
+        "base_container": (_IMAGE, "an image's name and tag, as `docker pull` takes them,"),
+    }
+    return {
+        name: expected
+        for name, (pattern, expected) in kinds.items()
+        if (value := said.get(name)) is not None
+        and not (isinstance(value, str) and pattern.fullmatch(value))
+    }
 
 
 def bridge_commit(package: Path = _PACKAGE) -> str | None:

@@ -18,8 +18,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from bridge.errors import BridgeError, UnsupportedFieldError
+from bridge.errors import BridgeError, InconsistentConfigError, UnsupportedFieldError
 from bridge.hf_config import spec_from_hf_config
+from bridge.parameters import num_parameters
 from harness.faults import CATALOGUE, applicable
 from harness.oracle import Absent, Architecture, Attention, Mlp, Replaced, read_config
 from harness.toys import Toy
@@ -34,6 +35,11 @@ _VOCAB_STEP: Final = 512
 _RELEASED_STEP: Final = 256
 """What `ffn_mult` rounds widths up to."""
 _IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MOST_PARAMETERS: Final = 200_000_000
+"""Of a twin, five times the largest of a published variant."""
+_ANOTHER_WAY: Final = (
+    "qualify it by `verify` at its own size, and prove the checks on a toy: `faults`"
+)
 _SEARCHED: Final = 16
 """Vocabularies tried at one head size until no two dimensions coincide by luck."""
 
@@ -106,9 +112,11 @@ def make_twin(name: str, config: Mapping[str, Any]) -> Twin:
         config: A `config.json` that both the bridge and the oracle read.
 
     Raises:
-        UnsupportedFieldError: BR103, no smaller model has the traits; those that the best of them
-            lost are named.
+        InconsistentConfigError: BR104, a special token that is no id.
+        UnsupportedFieldError: BR103, no smaller model has the traits, those that the best of them
+            lost are named; or none that is small.
     """
+    _refuse_odd_ids(config)
     model = read_config(config)
     chosen = _blocks_kept(model)
     wanted = traits_of(model)
@@ -124,6 +132,7 @@ def make_twin(name: str, config: Mapping[str, Any]) -> Twin:
             continue
         missing += [f"something that {fault} spoils" for fault in sorted(lacking)]
         if not missing:
+            _refuse_large(candidate)
             toy = Toy(
                 name=name,
                 stands_for=f"the traits of a model of {len(model.blocks)} blocks, shrunk",
@@ -136,8 +145,20 @@ def make_twin(name: str, config: Mapping[str, Any]) -> Twin:
     raise UnsupportedFieldError(
         "no small model has all the traits of this one, so faults could not be tried on its like",
         where=lost,
-        hint="qualify it by `verify` at its own size, and prove the checks on a toy: `faults`",
+        hint=_ANOTHER_WAY,
     )
+
+
+def _refuse_large(config: Mapping[str, Any]) -> None:
+    """Refuse a twin on which hundreds of runs would take days; smaller ones lack a trait."""
+    size = num_parameters(spec_from_hf_config(config))
+    if size > _MOST_PARAMETERS:
+        raise UnsupportedFieldError(
+            f"the smallest model with all the traits of this one has {size:,} parameters, at most "
+            f"{_MOST_PARAMETERS:,} can go through every layout and fault",
+            where=f"{config['num_hidden_layers']} blocks, hidden_size {config['hidden_size']}",
+            hint=_ANOTHER_WAY,
+        )
 
 
 def faults_of(config: Mapping[str, Any]) -> set[str]:
@@ -326,7 +347,23 @@ def _lower_ids(config: Config, vocab_size: int) -> None:
             config[key] = lowered[value]
 
 
-def _as_list(value: Any) -> list[int]:  # noqa: ANN401 - JSON
+def _refuse_odd_ids(config: Mapping[str, Any]) -> None:
+    """Refuse special tokens that are neither an id nor a list of ids: no twin has their like."""
+    odd = [
+        f"{key}={config[key]!r}"
+        for key in _IDS
+        if any(
+            isinstance(one, bool) or not isinstance(one, int) for one in _as_list(config.get(key))
+        )
+    ]
+    if odd:
+        raise InconsistentConfigError(
+            "special tokens are ids, or lists of them", where=odd,
+            hint="compare with the published file",
+        )  # fmt: skip
+
+
+def _as_list(value: Any) -> list[Any]:  # noqa: ANN401 - JSON
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]

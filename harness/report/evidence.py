@@ -189,7 +189,7 @@ def read_evidence(path: Path) -> dict[str, Any]:
     file = path / FILE_NAME if path.is_dir() else path
     try:
         data = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise EvidenceError(
             f"cannot read evidence: {error}",
             where=str(file),

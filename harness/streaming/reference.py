@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bridge.hf_config import CONFIG_NAME
 from bridge.tiling import Tile, Tiling
+from harness.errors import ReferenceUnavailableError
 from harness.probes import Probe
 from harness.streaming.arena import Arena, give
 from harness.streaming.reading import HeldSource, fill
@@ -53,12 +55,21 @@ class _OneLayer:
 
 def _empty_model(config: Mapping[str, Any]) -> Module:
     """A transformers model whose parameters have no memory; what it computes by itself does."""
+    import huggingface_hub.errors
     import transformers
 
     import bridge.decilm  # noqa: F401 - registers DeciLM with the Auto classes
 
     fields = {name: value for name, value in config.items() if name != "model_type"}
-    read = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    # By name: releases of the hub's client before 1.0 have none, and raise the others.
+    strict = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)
+    try:
+        read = transformers.AutoConfig.for_model(config["model_type"], **fields)
+    except (ValueError, TypeError, strict) as error:
+        raise ReferenceUnavailableError(
+            f"transformers does not take this configuration: {' '.join(str(error).split())}",
+            where=CONFIG_NAME,
+        ) from error
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(read, attn_implementation="eager")
     rotary = model.model.rotary_emb

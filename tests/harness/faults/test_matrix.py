@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bridge.errors import CheckpointError
 from harness.bench import Bench
 from harness.checks import CHECKS
-from harness.faults.matrix import cases_for, run_unit
+from harness.errors import WorkerFailedError
+from harness.faults.matrix import cases_for, run_healthy, run_unit
 from harness.faults.units import Matrix, Unit
 from harness.hooks import SEAMS, Fault
 from harness.runner import run_case
@@ -96,3 +99,40 @@ def test_a_unit_names_its_killers_in_order(tmp_path: Path) -> None:
     assert found.killed_by == ("config", "rope")
     assert found.checks == ("config", "placement", "rope")
     assert found.first.startswith("config/nano-4b/float32: ")
+
+
+def _raises(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the check of the configuration end so."""
+
+    def run(*_: object) -> Any:  # noqa: ANN401 - a Finding, were there one
+        raise error
+
+    monkeypatch.setattr("harness.checks.config.run", run)
+
+
+def _wrapped() -> CheckpointError:
+    """An error of the bridge's that a full disk has led to."""
+    error = CheckpointError("cannot write")
+    error.__context__ = OSError(errno.ENOSPC, "full")
+    return error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.ENOSPC, "full"), _wrapped()])
+def test_a_machine_without_room_has_noticed_no_fault(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it say anything of the healthy model."""
+    _raises(error, monkeypatch)
+    with Bench(tmp_path) as bench:
+        with pytest.raises(WorkerFailedError, match="rope-factor could not be tried"):
+            run_unit(bench, "rope-factor", "nano-4b", ["config"], ON_CPU)
+        with pytest.raises(WorkerFailedError, match="the healthy model"):
+            run_healthy(bench, "nano-4b", ["config"], ON_CPU)
+
+
+def test_a_file_that_is_gone_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged checkpoint makes such errors."""
+    _raises(FileNotFoundError(errno.ENOENT, "gone"), monkeypatch)
+    with Bench(tmp_path) as bench:
+        found = run_unit(bench, "rope-factor", "nano-4b", ["config"], ON_CPU)
+    assert found.killed_by == ("config",)

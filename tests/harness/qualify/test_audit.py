@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -139,15 +140,31 @@ def test_a_file_that_does_not_follow_from_the_evidence_is_noticed(bundle: Path, 
     assert any(one.startswith(f"{name}: not what the evidence") for one in audit(bundle).problems)
 
 
-@pytest.mark.parametrize("kind", ["missing", "added", "no sum"])
+@pytest.mark.parametrize("kind", ["missing", "added", "no sum", "twice", "odd"])
 def test_a_file_more_or_less_is_noticed(bundle: Path, kind: str) -> None:
     """The sums are of all files and of no other."""
     if kind == "missing":
         (bundle / "report.md").unlink()
         assert "report.md: missing" in audit(bundle).problems
     elif kind == "added":
+        (bundle / "ranks").mkdir(exist_ok=True)
         (bundle / "ranks" / "more.log").write_text("x")
         assert "ranks/more.log: not among the sums" in audit(bundle).problems
+    elif kind == "twice":
+        text = (bundle / "SHA256SUMS").read_text()
+        (bundle / "SHA256SUMS").write_text(text + text.splitlines(keepends=True)[0])
+        assert "SHA256SUMS: card.yaml is summed up twice" in audit(bundle).problems
+    elif kind == "odd":
+        (bundle / "report.md").rename(bundle.parent / "report.md")
+        (bundle / "report.md").symlink_to(bundle.parent / "report.md")
+        os.mkfifo(bundle / "pipe")
+        (bundle / "empty").mkdir()
+        sum_up(bundle)
+        assert sorted(audit(bundle).problems) == [
+            "empty: an empty directory, which no sum is of",
+            "pipe: no plain file",
+            "report.md: a link, and no file of a bundle",
+        ]
     else:
         with (bundle / "SHA256SUMS").open("a") as file:
             file.write("words\n")
@@ -219,6 +236,40 @@ def _totals(data: Data) -> None:
     data["totals"]["passed"] += 1
 
 
+def _below_zero(data: Data) -> None:
+    case(data, "gradients")["value"] = -1.0
+
+
+def _of_truth(data: Data) -> None:
+    case(data, "config")["value"] = False
+
+
+def _of_another_quantity(data: Data) -> None:
+    case(data, "gradients")["limit"] = 32.0  # which is shipped, for the reference's own error
+
+
+def _other_word(data: Data) -> None:
+    found = case(data, "rope")
+    found["summary"] = found["summary"].replace("passed", "FAILED")
+
+
+def _branch(data: Data) -> None:
+    data["qualification"]["origin"]["hf_revision"] = "main"
+
+
+def _left_out(data: Data) -> None:
+    data["allowed_not_run"] = ["gpu"]
+    found = case(data, "gradients")
+    for name in ("value", "limit", "unit", "places", "details"):
+        del found[name]
+    found |= {"status": "not run", "summary": "gpu"}
+    report = report_of(data)
+    data["counts"] = report.count_line
+    data["totals"] |= {"passed": report.count("passed"), "not run": 1}
+    data["qualification"]["scope"]["fault_patterns"] = []
+    data["verdict"] = "passed"
+
+
 def _places(data: Data) -> None:
     case(data, "config")["places"] = ["somewhere"]
 
@@ -258,6 +309,10 @@ def _no_qualification(data: Data) -> None:
         (_better_value, "the worst of its blocks"), (_better_error, "its errors make it"),
         (_broken_reference, "the reference itself is beyond"), (_verdict, "verdict: passed"),
         (_counts, "counts: "), (_totals, "totals: "), (_places, "says where it failed"),
+        (_below_zero, "passed with a value of -1"), (_of_truth, "False is not valid"),
+        (_of_another_quantity, "the limit 32 is not"), (_other_word, "summary says otherwise"),
+        (_branch, "origin.hf_revision"), (_other_word, "did not end as the evidence says"),
+        (_left_out, "allowed_not_run"), (_left_out, "verdict: passed, cases and faults make it"),
         (_in_scope("weights", "checkpoint"), "cases: not those"),
         (_in_scope("weights", "checkpoint"), "inputs: weights of a checkpoint are wanted"),
         (_in_scope("paired", value=True), "inputs: a Megatron checkpoint is wanted"),
@@ -293,9 +348,20 @@ def test_a_contradiction_is_noticed_whatever_was_written_anew(
         (lambda units: units[0].update(first=""), "killed without a word"),
         (lambda units: units[0].update(looked=[]), "killed by a check that did not look"),
         (lambda units: units[0].update(toy="51b"), "not every fault"),
+        (lambda units: units[0].update(seconds=9.0), "did not end as the kill matrix says"),
+        (lambda units: units[0].update(first="logits/x"), "not its first killer's"),
         (lambda units: units[0].update(seconds_by_check={}), ""),
     ],
-    ids=["gone", "survived", "silent", "nobody looked", "another model", "times"],
+    ids=[
+        "gone",
+        "survived",
+        "silent",
+        "nobody looked",
+        "another model",
+        "noted otherwise",
+        "another's word",
+        "times",
+    ],
 )
 def test_the_kill_matrix_is_made_again_from_its_units(
     bundle: Path, change: Callable[[list[Data]], object], said: str
@@ -307,13 +373,22 @@ def test_the_kill_matrix_is_made_again_from_its_units(
     data, matrix = load(bundle, "evidence.json"), load(bundle, "faults.json")
     change(matrix["units"])
     forge(bundle, data, matrix)
-    if said not in ("killed without a word", "killed by a check that did not look"):
+    if said in ("not every fault", "verdict: incomplete", ""):
         assert "faults.json: not what its units make it" in audit(bundle).problems
     if said:
         scope = _scope(bundle, data)
         again = matrix_data(matrix["units"], scope, matrix["seconds"], matrix["alarms"])
         forge(bundle, data, again)
         assert any(said in one for one in audit(bundle).problems), audit(bundle).problems
+
+
+def test_a_check_that_is_blind_to_a_fault_cannot_have_killed_it(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes in at the ranks alone, the configuration cannot show."""
+    monkeypatch.setattr("harness.qualify.audit.seams_of", lambda _fault: frozenset({"rank"}))
+    problems = " ".join(audit(finished).problems)
+    assert "config, round_trip cannot have looked at rope-theta" in problems
 
 
 def test_another_configuration_is_another_model(bundle: Path) -> None:
@@ -336,7 +411,9 @@ def test_evidence_of_a_mere_run_is_no_bundle(bundle: Path) -> None:
     assert "not of a qualification" in audit(bundle).problems[-1]
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"schema_version": 2}', "{"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"schema_version": 2}', "{", "[" * 200_000], ids=range(5)
+)
 def test_a_broken_file_is_a_problem_and_no_traceback(bundle: Path, text: str) -> None:
     """Evidence or matrix, empty or torn."""
     for name in ("evidence.json", "faults.json", "config.json"):

@@ -22,6 +22,8 @@ from harness.qualify.suites import load_variant, variant_names
 from harness.toys import toy_named
 from harness.toys.configs import published_config
 
+NANO_8B = "Llama-3.1-Nemotron-Nano-8B-v1"
+
 
 def scope(config: dict[str, Any], **choices: Any) -> Scope:  # noqa: ANN401 - Choices'
     """Of pseudo-random weights, unless said."""
@@ -154,6 +156,13 @@ def test_patterns_that_no_fault_fits_are_refused() -> None:
         (["--suite", "Llama-3.1-Nemotron-Nano-8B-v1", "--hf-revision", "main"], "not pinned down"),
         (["--suite", "Llama-3.1-Nemotron-Nano-8B-v1", "--megatron-path", "x"], "no weights"),
         (["--check", "x", "--config", "y"], "takes a bundle and nothing else"),
+        (["--check", "x", "--full"], "--full"),
+        (["--check", "x", "--seed", "0"], "--seed"),
+        (["--suite", "nano", "--list", "--resume"], "--list runs nothing"),
+        (["--config", "x", "--revision", "main"], "--revision is of a Hub id"),
+        (["--suite", NANO_8B, "--hf-id", "nvidia/other"], "--hf-id says nvidia/other"),
+        (["--suite", NANO_8B, "--base-container", "/home/me/x.sif"], "not pinned down"),
+        (["--suite", NANO_8B, "--base-container", "an image"], "not pinned down"),
     ],
 )
 def test_bad_usage_is_said_before_any_work(arguments: list[str], said: str) -> None:
@@ -169,6 +178,9 @@ def test_a_configuration_of_another_size_is_not_the_published_variant(tmp_path: 
     path = tmp_path / "config.json"
     path.write_text(json.dumps(toy_named("nano-8b").config), "utf-8")
     arguments = ["--suite", "Llama-3.1-Nemotron-Nano-8B-v1", "--config", str(path), "--list"]
+    done = CliRunner().invoke(app, ["qualify", *arguments])
+    assert "8,030,261,248 are published" in str(done.exception)
+    arguments = ["--hf-id", f"nvidia/{NANO_8B}", "--config", str(path), "--list"]
     done = CliRunner().invoke(app, ["qualify", *arguments])
     assert "8,030,261,248 are published" in str(done.exception)
 
@@ -194,6 +206,8 @@ def test_a_hub_snapshot_says_which_revision_it_is(tmp_path: Path) -> None:
     local = origin_of(str(tmp_path), tmp_path, **given)
     assert (local.hf_id, local.hf_revision) == (None, None)
     assert origin_of(None, tmp_path, **given | {"hf_id": "a/b"}).hf_id == "a/b"
+    image = "nvcr.io/nvidia/nemo:25.11"
+    assert origin_of(None, tmp_path, **given | {"base_container": image}).base_container == image
 
 
 def test_a_directory_that_is_no_checkout_has_no_commit(tmp_path: Path) -> None:

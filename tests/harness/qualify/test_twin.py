@@ -101,6 +101,23 @@ def test_special_tokens_stay_inside_the_smaller_vocabulary() -> None:
     assert max(ids) == found["vocab_size"] - 1
 
 
+@pytest.mark.parametrize("odd", [[1, None], "x", True, 1.0])
+def test_a_special_token_that_is_no_id_is_refused_by_its_field(odd: object) -> None:
+    """The bridge does not read it; transformers would not take it."""
+    with pytest.raises(InconsistentConfigError) as caught:
+        make_twin("small", dict(TOYS["nano-4b"].config) | {"eos_token_id": odd})
+    assert caught.value.where == (f"eos_token_id={odd!r}",)
+
+
+def test_a_twin_that_would_be_large_is_refused_with_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody waits days to learn that it does not end."""
+    monkeypatch.setattr(twins, "_MOST_PARAMETERS", 1000)
+    with pytest.raises(UnsupportedFieldError, match="at most 1,000 can go"):
+        make_twin("small", dict(TOYS["nano-4b"].config))
+
+
 def test_a_model_whose_traits_no_small_one_has_is_refused_by_their_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
