@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from bridge.describe import block_label
 from bridge.errors import ConfigError, InconsistentConfigError
@@ -19,6 +19,7 @@ from bridge.storage.remote import Location
 
 # Training may change these without changing what the weights mean.
 _FREE: Final = frozenset({"params_dtype", "max_position_embeddings"})
+_TP_WITHIN_A_NODE: Final = (1, 2, 4, 8)
 
 
 def spec_of_args(source: MegatronSource, spec: ModelSpec) -> ModelSpec | None:
@@ -97,12 +98,44 @@ def check_agreement(source: MegatronSource, spec: ModelSpec, *, where: str) -> N
     if said is None:
         return
     wrong = spec_differences(spec, said, names=(where, "the checkpoint"))
+    wrong += _padded_too_far(source.args or {}, spec.vocab_size, where)
     if wrong:
         raise InconsistentConfigError(
             "the configuration is not that of the checkpoint",
             where=wrong,
             hint="give the configuration of the model that was trained",
         )
+
+
+def _padded_too_far(args: Mapping[str, Any], vocab_size: int, where: str) -> list[str]:
+    """Say that no run pads a vocabulary of this size so far, where the args hold only the padded.
+
+    Training that began with an import keeps the size to which that was padded, perhaps for
+    another TP than its own: those within a node are tried as well.
+    """
+    padded, divisor, tp = (
+        args.get(name)
+        for name in (
+            "padded_vocab_size",
+            "make_vocab_size_divisible_by",
+            "tensor_model_parallel_size",
+        )
+    )
+    told = args.get("vocab_size") is None and _is_count(padded)
+    if not (told and _is_count(divisor) and _is_count(tp)):
+        return []
+    sizes = (divisor * one for one in {*_TP_WITHIN_A_NODE, tp})
+    if any(-(-vocab_size // size) * size == padded for size in sizes):
+        return []
+    wrong = (
+        f"vocab_size: {vocab_size} in {where}, padded to {padded} in the checkpoint, which "
+        f"make_vocab_size_divisible_by={divisor} does not make of it"
+    )
+    return [wrong]
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def described_model(

@@ -28,6 +28,9 @@ _PIECE: Final = 1 << 17
 """Elements rounded at once: float64 scratch of 1 MiB, several times over, for each thread."""
 
 
+_DTYPE_KEYS: Final = ("torch_dtype", "dtype")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
     """What rounding some elements cost. NaNs are not counted.
@@ -128,6 +131,14 @@ def dtype_to_round_to(name: str | None, tensors: Mapping[str, TensorInfo]) -> Dt
     return wanted if odd else None
 
 
+def main_dtype(tensors: Mapping[str, TensorInfo]) -> Dtype:
+    """The dtype that most of the bytes have."""
+    sizes: dict[Dtype, int] = {}
+    for info in tensors.values():
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
 def refuse_overflow(losses: Mapping[str, Loss], dtype: Dtype) -> None:
     """Refuse finite elements that became infinite.
 
@@ -196,12 +207,27 @@ def _index_in(index: bytes, nbytes: int, where: str) -> bytes:
 def config_in(config: bytes, dtype: Dtype, *, where: str) -> bytes:
     """A `config.json` that says the dtype, in the key of transformers 4 or 5 that it has.
 
+    One that says it already stays as it is, byte for byte.
+
     Raises:
         CorruptFileError: BR302, it is not a configuration.
     """
     found = _json_object(config, where)
-    keys = [key for key in ("torch_dtype", "dtype") if key in found]
+    keys = [key for key in _DTYPE_KEYS if key in found]
+    if keys and all(found[key] == dtype.name for key in keys):
+        return config
     return _json_bytes(found | dict.fromkeys(keys or ["torch_dtype"], dtype.name))
+
+
+def stated_dtype(config: bytes, *, where: str) -> str | None:
+    """The dtype that a `config.json` says, by torch's name; None if it says none.
+
+    Raises:
+        CorruptFileError: BR302, it is not a configuration.
+    """
+    found = _json_object(config, where)
+    stated = [found[key] for key in _DTYPE_KEYS if found.get(key) is not None]
+    return str(stated[0]).removeprefix("torch.") if stated else None
 
 
 def _json_object(data: bytes, where: str) -> dict[str, Any]:

@@ -166,9 +166,19 @@ def conversion_options(
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     allow_overflow: bool = False,
 ) -> ConversionOptions:
-    """What `import` and `export` do alike."""
+    """What `import` and `export` do alike.
+
+    Raises:
+        UsageError: BR001, a budget that cannot be kept, or overflow allowed where nothing is
+            rounded.
+    """
     from bridge.conversion import ConversionOptions
 
+    if allow_overflow and dtype is None:
+        raise UsageError(
+            "--allow-overflow without --dtype: nothing is rounded, so nothing can overflow",
+            hint="give the dtype to round to with --dtype, or leave --allow-overflow out",
+        )
     return ConversionOptions(
         limits=transfer_limits(memory_budget, workers),
         verify="none" if verify == "none" else "auto",

@@ -14,12 +14,19 @@ from typing import Final
 
 from bridge import __version__
 from bridge.agreement import described_model
-from bridge.casting import dtype_to_round_to, files_in, tensors_in
+from bridge.casting import (
+    Loss,
+    dtype_to_round_to,
+    files_in,
+    main_dtype,
+    rounding_note,
+    tensors_in,
+)
 from bridge.consumers import consumer_notes
 from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
-from bridge.dtypes import Dtype
+from bridge.dtypes import Dtype, dtype_named
 from bridge.errors import ConfigError, VerificationError
 from bridge.hf_config import (
     CONFIG_NAME,
@@ -105,10 +112,12 @@ def import_checkpoint(
     with SafetensorsSource(hf, strict_index=False) as source:
         account_for(plan.hf_shapes, source.tensors, where=str(hf), also=source.index_problems)
         dtype = dtype_to_round_to(options.dtype, source.tensors)
+        # What has the dtype already is not rounded; the configuration is to say it all the same.
+        asked = dtype_named(options.dtype) if options.dtype is not None else None
         tensors = tensors_in(source.tensors, dtype)
         dtypes = plan.target_dtypes(plan.hf_to_mcore, tensors, where=str(hf))
         check_stackable(plan.parameters, dtypes, spec, where=str(hf))
-        stored = replace(spec, params_dtype=_main_dtype(tensors))
+        stored = replace(spec, params_dtype=main_dtype(tensors).name)
         files = layout_megatron(
             plan.parameters,
             dtypes,
@@ -146,7 +155,7 @@ def import_checkpoint(
                 )
                 for name, data in {**extra, **files.small_files}.items():
                     new.write_small_file(name, data)
-                carried = carry(hf, names, new, below=f"{SIDE_DIRECTORY}/", dtype=dtype)
+                carried = carry(hf, names, new, below=f"{SIDE_DIRECTORY}/", dtype=asked)
                 side = {name: sha256_of(data) for name, (_, data) in carried.items()}
                 record = replace(record, side_file_sha256=side)
             crew.gather(None)  # the checkpoint can be opened now
@@ -159,7 +168,8 @@ def import_checkpoint(
                 record = replace(record, tensor_sha256=digests)
                 new.write_small_file(RECORD_NAME, record.to_json())
         left = [name for name in left if name not in source.headers and name != INDEX_NAME]
-        notes = _import_notes(stored) + [f"not carried: {name}" for name in left]
+        notes = _exact_notes(asked, dtype) + _import_notes(stored)
+        notes += [f"not carried: {name}" for name in left]
         return job.report(tensors, plan.hf_to_mcore, digests, notes)
 
 
@@ -172,14 +182,14 @@ def export_checkpoint(
     options: ConversionOptions | None = None,
     crew: Crew | None = None,
 ) -> ConversionReport:
-    """Convert a Megatron `torch_dist` checkpoint to a Hugging Face directory.
+    """Convert a Megatron checkpoint, `torch_dist` or `torch`, to a Hugging Face directory.
 
     A checkpoint that this bridge imported gives back the source directory, every file of it byte
     for byte. Any other needs `hf_model` for its `config.json` and tokenizer, or gets a
     configuration written from the checkpoint's `args`.
 
     Args:
-        megatron: The checkpoint's root, or one of its iteration directories.
+        megatron: The checkpoint's root, one of its iteration directories, or NeMo 2's directory.
         hf: Directory to create.
         hf_model: Directory (or config.json) whose configuration and side files to take. Its
             weights are not read.
@@ -191,6 +201,9 @@ def export_checkpoint(
 
     Raises:
         ConfigError: BR1xx, no configuration, or one that contradicts the checkpoint.
+        CheckpointError: BR300, no checkpoint, missing ranks, or one of a kind that is not read.
+        CorruptFileError: BR302, files that are damaged or contradict each other.
+        DtypeMismatchError: BR303, dtypes that would mix, or values too large for the one asked.
         AccountingError: BR301, the checkpoint does not hold that model.
         VerificationError: BR305, what was written, read back, differs; the target is not created.
     """
@@ -201,8 +214,10 @@ def export_checkpoint(
         record = read_record(source.root) if hf_model is None else None
         spec, side_source, notes = _export_spec(source, hf_model, options.carry)
         plan = Plan.of_checkpoint(spec, source.tensors)
+        notes += _vocabulary_notes(source, plan)
         account_for(plan.mcore_shapes, source.tensors, where=str(megatron))
         dtype = dtype_to_round_to(options.dtype, source.tensors)
+        asked = dtype_named(options.dtype) if options.dtype is not None else None
         stored = tensors_in(source.tensors, dtype)
         dtypes = plan.target_dtypes(plan.mcore_to_hf, stored, where=str(megatron))
         tensors = {
@@ -222,12 +237,16 @@ def export_checkpoint(
             if crew.rank == 0:
                 if index is not None:
                     new.write_small_file(INDEX_NAME, index)
-                config = write_side_files(new, side_source, spec, record, dtype)
+                config, of_dtype = write_side_files(
+                    new, side_source, spec, record, asked=asked, weights=tensors
+                )
+                notes += of_dtype
                 notes += consumer_notes(spec, json.loads(config))
             crew.gather(None)  # the checkpoint can be opened now
             names = [layout.path for layout in layouts]
             with SafetensorsSource(new.written(), files=names) as written:
                 digests = job.verify(written, source)
+            notes = _exact_notes(asked, dtype) + notes
             if record is not None and record.iteration == source.iteration and dtype is None:
                 notes += _check_unchanged(record, digests)
         return job.report(stored, plan.mcore_to_hf, digests, notes)
@@ -238,20 +257,31 @@ def read_spec(model: Location, *, carry: Collection[str] = ()) -> ModelSpec:
     return spec_from_hf_config(load_hf_config(model), where=str(config_file(model)), carry=carry)
 
 
-def _main_dtype(tensors: Mapping[str, TensorInfo]) -> str:
-    """The dtype that most of the bytes have; what `params_dtype` says in the checkpoint's args."""
-    sizes: dict[str, int] = {}
-    for info in tensors.values():
-        sizes[info.dtype.name] = sizes.get(info.dtype.name, 0) + info.nbytes
-    return max(sizes, key=lambda name: sizes[name])
-
-
 def _import_notes(spec: ModelSpec) -> list[str]:
     try:
         flags = " ".join(megatron_lm_flags(spec))
     except ConfigError as error:
         return [f"{error.message}. {error.hint}"]
-    return [f"Megatron-LM: --load P --use-checkpoint-args {flags}"]
+    return [
+        "Megatron-LM: --load P --ckpt-format torch_dist --use-checkpoint-args --finetune " + flags
+    ]
+
+
+def _exact_notes(asked: Dtype | None, dtype: Dtype | None) -> list[str]:
+    """Of a dtype that was asked for and that all weights have already."""
+    return [rounding_note(Loss(), asked, 0)] if asked is not None and dtype is None else []
+
+
+def _vocabulary_notes(source: MegatronSource, plan: Plan) -> list[str]:
+    """Rows that are taken for padding by the configuration's word alone."""
+    padded, size = plan.padded_vocab_size, plan.spec.vocab_size
+    if padded == size or (source.args or {}).get("vocab_size") is not None:
+        return []
+    note = (
+        f"vocab_size {size} is the configuration's, the checkpoint does not say it: the last "
+        f"{padded - size} of {padded} rows were dropped as padding"
+    )
+    return [note]
 
 
 def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[str]:
@@ -273,7 +303,7 @@ def _export_spec(
     source: MegatronSource, hf_model: Location | None, carry: Collection[str]
 ) -> tuple[ModelSpec, Location | None, list[str]]:
     """The model to export, where its side files (or bare config) are, and what to tell."""
-    notes = [f"ignored: {what}" for what in source.ignored]
+    notes = [*source.notes, *(f"ignored: {what}" for what in source.ignored)]
     spec, directory = described_model(source, hf_model, carry=carry)
     if directory is None:
         notes.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from bridge.casting import config_in
+from bridge.casting import config_in, main_dtype, stated_dtype
 from bridge.dtypes import Dtype
 from bridge.errors import VerificationError
 from bridge.hf_config import CONFIG_NAME, hf_config_from_spec
@@ -13,6 +13,7 @@ from bridge.record import SourceRecord, sha256_of
 from bridge.spec import ModelSpec
 from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location
+from bridge.storage.source import TensorInfo
 from bridge.storage.target import read_small_file, side_files
 
 
@@ -45,8 +46,10 @@ def write_side_files(
     source: Location | None,
     spec: ModelSpec,
     record: SourceRecord | None,
-    dtype: Dtype | None,
-) -> bytes:
+    *,
+    asked: Dtype | None,
+    weights: Mapping[str, TensorInfo],
+) -> tuple[bytes, list[str]]:
     """What an export holds besides weights: of a directory, a bare config, or made from `spec`.
 
     Args:
@@ -54,27 +57,58 @@ def write_side_files(
         source: The directory or the configuration.
         spec: The model.
         record: Of the import, whose side files these should still be.
-        dtype: What the configuration is to say; None leaves it as it is.
+        asked: The dtype that was asked for, which the configuration is to say.
+        weights: Those of the export, whose dtype it is to say otherwise.
 
     Returns:
-        The `config.json` that was written.
+        The `config.json` that was written, and what to tell of it.
 
     Raises:
         VerificationError: BR305, files that are not those which were imported.
     """
+    if source is None:
+        where = CONFIG_NAME
+        config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
+    else:
+        path = source / CONFIG_NAME if source.is_dir() else source
+        where, config = str(path), read_small_file(path)
+    dtype, notes = asked, []
+    if asked is None and (dtype := _dtype_to_state(config, record, weights, where)) is not None:
+        notes.append(
+            f"config.json says {dtype.name}, the weights' dtype; {where} says "
+            f"{stated_dtype(config, where=where)}, to which a loader would round them"
+        )
     if source is not None and source.is_dir():
         carried = carry(source, side_files(source)[0], new, dtype=dtype)
         found = {name: sha256_of(data) for name, (data, _) in carried.items()}
         _check_side_files(record, found, source)
-        return carried[CONFIG_NAME][1]
-    if source is None:
-        config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
-    else:
-        config = read_small_file(source)
+        return carried[CONFIG_NAME][1], notes
     if dtype is not None:
-        config = config_in(config, dtype, where=str(source or CONFIG_NAME))
+        config = config_in(config, dtype, where=where)
     new.write_small_file(CONFIG_NAME, config)
-    return config
+    return config, notes
+
+
+def _dtype_to_state(
+    config: bytes,
+    record: SourceRecord | None,
+    weights: Mapping[str, TensorInfo],
+    where: str,
+) -> Dtype | None:
+    """The weights' dtype where the configuration says one that none of them has.
+
+    An import whose weights have their dtypes still gives back what it was made from, be it at odds
+    with itself.
+    """
+    stated = stated_dtype(config, where=where)
+    dtypes = {info.dtype for info in weights.values()}
+    if stated is None or stated in {dtype.name for dtype in dtypes}:
+        return None
+    if record is not None:
+        headers = record.shard_headers(where)
+        if dtypes == {one.info.dtype for head in headers for one in head.tensors.values()}:
+            return None
+    return main_dtype(weights)
 
 
 def _check_side_files(

@@ -22,7 +22,7 @@ from bridge.spec import ModelSpec, ParallelLayout
 from bridge.storage.extents import Extent
 from bridge.storage.remote import Location
 from bridge.storage.source import FileLayout, Payload, TensorInfo
-from bridge.storage.torch_dist_iteration import open_checkpoint, open_reader
+from bridge.storage.torch_dist_iteration import RELEASE, open_checkpoint, open_reader
 from bridge.storage.torch_dist_write import (
     CheckpointLayout,
     Chunk,
@@ -30,10 +30,16 @@ from bridge.storage.torch_dist_write import (
     extra_state_key,
     layout_checkpoint,
 )
+from bridge.storage.torch_legacy_ranks import args_of
 from bridge.tiling import Box, Shape
 
-_MODEL: Final = re.compile(
-    r"(?:module\.|model\.)*(?P<name>(?:embedding|decoder|output_layer)\..*(?<!\._extra_state))"
+_WRAPPERS: Final = re.compile(r"(?:module\.|model\.)*")
+# Beside the model. Whatever is not known to be is of the model, for the accounting to name.
+_BESIDE: Final = re.compile(
+    r"(?:chained_\d+\.)?"
+    r"(?:optimizer|optimizer_states?|opt_param_scheduler|lr_schedulers?|rng_state|"
+    r"rerun_state_machine_state|dataloader_state_dict|callbacks|loops)(?:[./].*)?"
+    r"|.*\._extra_state(?:/.*)?"
 )
 _PER_LAYER: Final = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.*)")
 _STACKED: Final = re.compile(r"decoder\.layers\.(?P<rest>\D.*)")
@@ -65,6 +71,7 @@ class MegatronSource:
         iteration: As the tracker or the directory says; 0 for `release`.
         args: The `args` of `common.pt` as a mapping, None when there are none.
         ignored: What else is in the checkpoint and not read, one line each.
+        notes: What is odd about it, one line each.
 
     Raises:
         CheckpointError: BR300, not a checkpoint.
@@ -75,9 +82,11 @@ class MegatronSource:
         self.directory, self.iteration = open_checkpoint(path.absolute())
         self.root = self.directory.parent
         # Optimizer state is far bigger than the model; nothing of it is even looked at.
-        self._reader = open_reader(self.directory, ignore=lambda key: _MODEL.fullmatch(key) is None)
-        self.args = _args(self._reader.common())
+        self._reader = open_reader(self.directory, ignore=_is_beside)
+        common = self._reader.common()
         self.args_where = f"{self.directory}: args"
+        self.args = args_of(common, where=self.args_where)
+        self.notes = _notes_on_iteration(common.get("iteration"), self.directory, self.iteration)
         self._stored: dict[str, tuple[str, int | None]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         names = _table_names(self._reader.tensors)
@@ -123,17 +132,20 @@ class MegatronSource:
         self.close()
 
 
-def _args(common: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    args = common.get("args")
-    if args is None or isinstance(args, Mapping):
-        return args
-    return dict(vars(args))
+def _is_beside(key: str) -> bool:
+    return _BESIDE.fullmatch(key) is not None
+
+
+def _notes_on_iteration(said: object, directory: Location, iteration: int) -> list[str]:
+    """Name a directory that was renamed, or filled with another save than it says."""
+    if directory.name == RELEASE or not isinstance(said, int) or said == iteration:
+        return []
+    return [f"{directory.name} says of itself that it is of iteration {said}"]
 
 
 def _table_names(keys: Collection[str]) -> dict[str, str]:
     """Key to its name in the parameter table, layers still stacked; of the model's tensors only."""
-    matches = {key: _MODEL.fullmatch(key) for key in keys}
-    names = {key: match["name"] for key, match in matches.items() if match is not None}
+    names = {key: _WRAPPERS.sub("", key, count=1) for key in keys if not _is_beside(key)}
     present = set(names.values())
     for key, name in names.items():
         layer, _, rest = name.rpartition(".weight")[0].rpartition(".")

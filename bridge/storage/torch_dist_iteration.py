@@ -10,12 +10,15 @@ from bridge.errors import CheckpointError, CorruptFileError
 from bridge.storage.remote import Location
 from bridge.storage.torch_dist_config import CONFIG_NAME, METADATA_NAME, TRACKER_NAME
 from bridge.storage.torch_dist_read import TorchDistReader
-from bridge.storage.torch_legacy import TorchLegacyReader, rank_directories
+from bridge.storage.torch_legacy import TorchLegacyReader
+from bridge.storage.torch_legacy_ranks import rank_directories
 
 RELEASE: Final = "release"
 NEMO_WEIGHTS: Final = "weights"
 """Where NeMo 2 keeps the checkpoint itself, beside `context` with configuration and tokenizer."""
 _ITERATION: Final = re.compile(r"iter_(\d{7,})")
+_MAX_DIGITS: Final = 18
+"""Of an iteration; a tracker with more is damaged, and no name of a directory."""
 
 
 def open_checkpoint(path: Location) -> tuple[Location, int]:
@@ -62,7 +65,8 @@ def open_checkpoint(path: Location) -> tuple[Location, int]:
         ) from None
     except (OSError, ValueError) as error:
         raise CorruptFileError(f"cannot read the tracker: {error}", where=str(tracker)) from None
-    if text != RELEASE and not (text.isascii() and text.isdigit()):
+    number = text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS
+    if text != RELEASE and not number:
         raise CorruptFileError(
             f"the tracker holds {text[:40]!r}, neither an iteration nor 'release'",
             where=str(tracker),

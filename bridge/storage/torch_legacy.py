@@ -13,7 +13,6 @@ Source: Megatron-LM core_v0.16.1 `get_checkpoint_name` and `generate_state_dict`
 from __future__ import annotations
 
 import re
-from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,6 +34,14 @@ from bridge.storage.remote import Location
 from bridge.storage.remote_ranges import each_file
 from bridge.storage.source import TensorInfo
 from bridge.storage.torch_dist_metadata import RecordRange, StoredChunk, StoredKey
+from bridge.storage.torch_legacy_ranks import (
+    RankName,
+    args_of,
+    rank_directories,
+    refuse_missing_ranks,
+    refuse_old,
+    refuse_unlike_ranks,
+)
 from bridge.storage.torch_record import Archive, TensorLocation
 from bridge.storage.unpickle import StoredTensor, unpickle_object
 from bridge.tiling import Box, Shape
@@ -42,7 +49,6 @@ from bridge.tiling import Box, Shape
 STATE_NAME: Final = "model_optim_rng.pt"
 OPTIMIZER_NAME: Final = "distrib_optim.pt"
 
-_RANK: Final = re.compile(r"mp_rank_(?P<tp>\d{2,})(?:_(?P<pp>\d{3,}))?(?P<expert>_\d{3,})?")
 _PART: Final = re.compile(r"model(?P<vp>\d*)")
 _LAYER: Final = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
 _WRAPPERS: Final = re.compile(r"(?:module\.|model\.)*")
@@ -51,11 +57,8 @@ _ROWS: Final[Mapping[str, Row]] = {
     for rows in (*ATTENTION_ROWS.values(), *FFN_ROWS.values(), (EMBEDDING_ROW, OUTPUT_ROW))
     for row in rows
 }
-_OLDEST_VERSION: Final = 2.0
+_NORMS: Final = ("layernorm.weight", "layer_norm_weight")
 _BAND: Final = 4 << 20  # bytes compared at once
-
-RankName = tuple[int, int]
-"""TP rank and PP rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,26 +75,6 @@ class _Shard:
         return StoredChunk(box, RecordRange(self.file, self.location.offset + start, nbytes))
 
 
-def rank_directories(directory: Location) -> dict[RankName, str]:
-    """The directories of a `torch` checkpoint's ranks, by TP and PP rank; empty if it is not one.
-
-    Raises:
-        CheckpointError: BR300, ranks of expert parallelism.
-    """
-    found = {}
-    for child in directory.iterdir():
-        match = _RANK.fullmatch(child.name)
-        if match is None:
-            continue
-        if match["expert"]:
-            raise CheckpointError(
-                "the checkpoint was cut by expert parallelism, which no model of the family has",
-                where=str(child),
-            )
-        found[int(match["tp"]), int(match["pp"] or 0)] = child.name
-    return found
-
-
 class TorchLegacyReader:
     """A `bridge.storage.source.TensorSource` over the ranks' files of one iteration.
 
@@ -106,13 +89,16 @@ class TorchLegacyReader:
     def __init__(self, directory: Location) -> None:
         self.directory = directory
         ranks = rank_directories(directory)
-        _refuse_missing_ranks(ranks, directory)
+        refuse_missing_ranks(ranks, directory)
         self._reader = ChunkReader(directory, _locate)
         files = {rank: f"{name}/{STATE_NAME}" for rank, name in ranks.items()}
         archives = each_file(directory, self._archive, list(files.values()))
         states = {rank: archives[file] for rank, file in files.items()}
         self._common = states[0, 0][1]
-        self._refuse_old()
+        self._args = args_of(self._common, where=states[0, 0][0].where) or {}
+        refuse_missing_ranks(ranks, directory, self._args)
+        refuse_old(self._common.get("checkpoint_version", 0), where=str(directory))
+        refuse_unlike_ranks({states[rank][0].where: states[rank][1] for rank in sorted(states)})
         shards = _shards(states, files, self._num_layers(), str(directory))
         try:
             self._drop_tied_copy(shards)
@@ -135,26 +121,13 @@ class TorchLegacyReader:
             raise CorruptFileError(f"holds {type(state).__name__}, not a dict", where=str(path))
         return archive, state
 
-    def _refuse_old(self) -> None:
-        version = self._common.get("checkpoint_version", 0)
-        if not isinstance(version, int | float) or version < _OLDEST_VERSION:
-            raise CheckpointError(
-                f"checkpoint_version {version} keeps the rows of linear_qkv in another order",
-                where=str(self.directory),
-                hint="load and save it with Megatron-LM, which brings it to version 3",
-            )
-
-    def _args(self) -> Mapping[str, Any]:
-        args = self._common.get("args")
-        return vars(args) if isinstance(args, Namespace) else {}
-
     def _num_layers(self) -> int | None:
-        found = self._args().get("num_layers")
-        return found if isinstance(found, int) else None
+        found = self._args.get("num_layers")
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
 
     def _drop_tied_copy(self, shards: dict[str, list[_Shard]]) -> None:
         """The last pipeline rank's copy of a tied embedding is no tensor of its own."""
-        if self._args().get("untie_embeddings_and_output_weights") is not False:
+        if self._args.get("untie_embeddings_and_output_weights") is not False:
             return
         embedding = {one.rank[0]: one for one in shards.get(EMBEDDING_ROW.name, [])}
         for copy in shards.pop(OUTPUT_ROW.name, []):
@@ -165,6 +138,11 @@ class TorchLegacyReader:
         shards = sorted(shards, key=lambda one: one.rank)
         by_rank = {one.rank[0]: one for one in shards}
         first = shards[0].location
+        whole = StoredKey(_info(first, first.shape), (shards[0].chunk(Box.whole(first.shape), 0),))
+        layer = _LAYER.fullmatch(name)
+        row = _ROWS.get(name if layer is None else layer["rest"])
+        if row is None and not name.endswith(_NORMS):
+            return whole  # none of the family's: how TP cuts it is unknown, the accounting names it
         unlike = [
             f"{one.file}: {one.location.dtype.name} {one.location.shape}"
             for one in shards
@@ -176,13 +154,10 @@ class TorchLegacyReader:
                 where=unlike or [one.file for one in shards],
                 hint="the ranks' files must be of one iteration of one run",
             )
-        layer = _LAYER.fullmatch(name)
-        row = _ROWS.get(name if layer is None else layer["rest"])
         if row is None or row.tp_axis is None:
             for one in shards[1:]:
                 self._refuse_unequal(name, shards[0], one)
-            box = Box.whole(first.shape)
-            return StoredKey(_info(first, first.shape), (shards[0].chunk(box, 0),))
+            return whole
         if len(first.shape) <= row.tp_axis:
             raise CorruptFileError(f"{name} has shape {first.shape}", where=shards[0].file)
         return _cut_over_tp(shards, row)
@@ -282,17 +257,6 @@ def _starts(chunk: StoredChunk) -> Shape:
     return chunk.box.starts
 
 
-def _refuse_missing_ranks(ranks: Mapping[RankName, str], directory: Location) -> None:
-    tp, pp = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
-    missing = [(t, p) for p in range(pp) for t in range(tp) if (t, p) not in ranks]
-    if missing:
-        raise CheckpointError(
-            f"{len(missing)} of {tp} x {pp} ranks are missing",
-            where=[f"{directory}: mp_rank_{t:02d}_{p:03d}" for t, p in missing],
-            hint="copy the checkpoint of every TP and PP rank into one directory",
-        )
-
-
 def _shards(
     states: Mapping[RankName, tuple[Archive, Mapping[Any, Any]]],
     files: Mapping[RankName, str],
@@ -335,10 +299,21 @@ def _parts_of(state: Mapping[Any, Any], where: str) -> Iterator[tuple[int, Mappi
                 hint="convert it with Megatron-LM: tools/checkpoint/convert.py --saver core",
             )
         found = True
-        names = {_WRAPPERS.sub("", str(name), count=1): value for name, value in part.items()}
-        yield int(match["vp"] or 0), names
+        yield int(match["vp"] or 0), _unwrapped(part, where)
     if not found:
         raise CorruptFileError("holds no model", where=where)
+
+
+def _unwrapped(part: Mapping[Any, object], where: str) -> dict[str, object]:
+    """The parameters without what wrappers put before their names."""
+    keys: dict[str, str] = {}
+    found = {}
+    for key, value in part.items():
+        name = _WRAPPERS.sub("", str(key), count=1)
+        if name in keys:
+            raise CorruptFileError(f"{name} is stored as {keys[name]} and as {key}", where=where)
+        keys[name], found[name] = str(key), value
+    return found
 
 
 def _num_layers_of(part: Mapping[str, object]) -> int:

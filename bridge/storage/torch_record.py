@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from bridge.dtypes import Dtype
-from bridge.errors import CorruptFileError
+from bridge.errors import CheckpointError, CorruptFileError
 from bridge.storage.pickle_write import Call, Global, PersistentId, dumps
 from bridge.storage.unpickle import STORAGE_DTYPES, StoredTensor, unpickle_object, unpickle_tensor
 from bridge.tiling import Shape
@@ -46,6 +46,8 @@ _PADDING_ID: Final = 0x4246  # "FB", torch's own id of its alignment padding
 _MAX_DIRECTORY: Final = 1 << 24  # bytes; a record of torch's needs less than 1 kB
 _MAX_PICKLE: Final = 1 << 26  # bytes
 _BYTEORDER: Final = b"little"
+_BEFORE_ZIP: Final = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The pickled number with which files of `torch.save` begin that are no zip archives."""
 _STORAGE_NAMES: Final = {name: storage for storage, name in STORAGE_DTYPES.items()}
 
 Reader = Callable[[int, int], bytes]
@@ -258,6 +260,13 @@ class Archive:
         tail_size = min(self._length, 4096)
         tail = self._bytes(self._length - tail_size, tail_size)
         if len(tail) < _END.size or tail[-_END.size :][:4] != b"PK\5\6" or tail[-2:] != b"\0\0":
+            if self._length and self._bytes(0, min(self._length, 15)) == _BEFORE_ZIP:
+                raise CheckpointError(
+                    "the file is of the format that torch.save wrote before PyTorch 1.6",
+                    where=self.where,
+                    hint="save it again: torch.save(torch.load(F, weights_only=False), F), which "
+                    "runs what it holds, so do that only where you trust its source",
+                )
             raise self._corrupt("does not end as a zip archive does")
         _, _, _, _, count, size, start, _ = _END.unpack(tail[-_END.size :])
         locator = tail[-_END.size - _LOCATOR.size : -_END.size]

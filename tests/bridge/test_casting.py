@@ -123,6 +123,31 @@ def test_asking_for_the_dtype_there_is_changes_nothing(source: Path, tmp_path: P
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
 
 
+def test_a_configuration_of_another_dtype_than_the_weights(source: Path, tmp_path: Path) -> None:
+    """An import gives it back; --dtype of what is there mends it, and so does another's config."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    import_checkpoint(source, tmp_path / "megatron")
+
+    def exported(name: str, **given: Any) -> tuple[bytes, str]:  # noqa: ANN401 - passed on
+        report = export_checkpoint(tmp_path / "megatron", tmp_path / name, **given)
+        return (tmp_path / name / "config.json").read_bytes(), "; ".join(report.notes)
+
+    assert exported("back")[0] == (source / "config.json").read_bytes()
+    for given, word in (
+        ({"options": options("float32")}, "every element is exact in float32"),
+        ({"hf_model": source}, "config.json says float32, the weights' dtype"),
+    ):
+        written, notes = exported(next(iter(given)), **given)
+        assert json.loads(written)["torch_dtype"] == "float32"
+        assert word in notes
+    again = tmp_path / "again"
+    report = import_checkpoint(source, again, options=options("float32"))
+    kept = json.loads((again / "hf_source" / "config.json").read_text())
+    assert kept["torch_dtype"] == "float32"
+    assert any("every element is exact in float32" in note for note in report.notes)
+
+
 def put(directory: Path, name: str, value: float) -> None:
     """Set one element of a tensor on the disk."""
     for path in directory.glob("*.safetensors"):

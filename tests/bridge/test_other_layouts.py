@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
@@ -16,7 +18,16 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bridge.convert import export_checkpoint, import_checkpoint
-from bridge.errors import AccountingError, CheckpointError, ConfigError
+from bridge.dtypes import Dtype
+from bridge.errors import (
+    AccountingError,
+    BridgeError,
+    CheckpointError,
+    ConfigError,
+    CorruptFileError,
+)
+from bridge.storage.megatron import MegatronSource
+from bridge.tiling import Box
 from harness.toys import toy_named, write_checkpoint
 
 Rename = Callable[[str], str]
@@ -107,6 +118,83 @@ def test_a_parameter_of_no_known_name_is_not_dropped(imported: Path, tmp_path: P
     rewrite(imported / "megatron" / "iter_0000000", tmp_path / "t" / "iter_1", module, **extra)
     with pytest.raises(AccountingError, match="1 unexpected"):
         export_checkpoint(tmp_path / "t" / "iter_1", tmp_path / "back", hf_model=imported / "hf")
+
+
+def save_legacy(imported: Path, target: Path, **state: Any) -> None:  # noqa: ANN401 - a pickle
+    """Save an import's tensors as Megatron-LM's `torch` format does, for one rank."""
+    model = {}
+    with MegatronSource(imported / "megatron") as source:
+        for name, info in source.tensors.items():
+            words = np.empty(info.shape, info.dtype.word)
+            source.read_into(name, Box.whole(info.shape), words)
+            model[name] = torch.from_numpy(words.view("<i2")).view(torch.bfloat16)
+        args = {
+            name: getattr(torch, value.name) if isinstance(value, Dtype) else value
+            for name, value in (source.args or {}).items()
+        }
+    (target / "mp_rank_00").mkdir(parents=True)
+    args |= state.pop("args", {})
+    model |= state.pop("model", {})
+    common = {"args": argparse.Namespace(**args), "checkpoint_version": 3.0, "iteration": 5}
+    torch.save({"model": model, **common, **state}, target / "mp_rank_00" / "model_optim_rng.pt")
+
+
+@pytest.mark.parametrize("format_", ["torch", "torch_dist"])
+def test_a_parameter_of_another_module_is_not_dropped(
+    imported: Path, format_: str, tmp_path: Path
+) -> None:
+    """What stands beside embedding, decoder and output layer was trained, too."""
+    extra = {"module.adapter.lora_A.weight": torch.zeros(3, dtype=torch.bfloat16)}
+    if format_ == "torch":
+        save_legacy(imported, tmp_path / "run" / "iter_0000005", model=extra)
+    else:
+        iteration = imported / "megatron" / "iter_0000000"
+        rewrite(iteration, tmp_path / "run" / "iter_0000005", module, **extra)
+    with pytest.raises(AccountingError, match="1 unexpected") as caught:
+        export_checkpoint(
+            tmp_path / "run" / "iter_0000005", tmp_path / "back", hf_model=imported / "hf"
+        )
+    assert caught.value.where == ("unexpected: adapter.lora_A.weight",)
+
+
+@pytest.mark.parametrize(
+    ("state", "error", "word"),
+    [
+        ({"model": {"module.embedding.word_embeddings.weight": torch.zeros(2)}}, 302, "as module."),
+        ({"checkpoint_version": float("nan")}, 302, "nan is not a number"),
+        ({"checkpoint_version": "3.0"}, 302, "'3.0' is not a number"),
+        ({"args": {"tensor_model_parallel_size": 2}}, 300, "1 of 2 x 1 ranks are missing"),
+        ({"args": {"vocab_size": None, "padded_vocab_size": 1 << 20}}, 104, "not that of"),
+    ],
+)
+def test_a_legacy_file_that_contradicts_itself_is_refused(
+    imported: Path, state: dict[str, Any], error: int, word: str, tmp_path: Path
+) -> None:
+    """One parameter under two names, no version, a rank of several, a vocabulary of no run."""
+    save_legacy(imported, tmp_path / "iter_0000005", **state)
+    with pytest.raises(BridgeError, match=word) as caught:
+        export_checkpoint(tmp_path / "iter_0000005", tmp_path / "back", hf_model=imported / "hf")
+    assert caught.value.code == f"BR{error}"
+
+
+def test_what_is_odd_and_readable_is_read_with_a_note(imported: Path, tmp_path: Path) -> None:
+    """A renamed directory; args without the vocabulary's own size; rows that are dropped."""
+    save_legacy(imported, tmp_path / "iter_0000007", args={"vocab_size": None})
+    report = export_checkpoint(
+        tmp_path / "iter_0000007", tmp_path / "back", hf_model=imported / "hf"
+    )
+    again = export_checkpoint(imported / "megatron", tmp_path / "again")
+    assert again.tensor_sha256 == report.tensor_sha256
+    assert any("of itself that it is of iteration 5" in note for note in report.notes)
+    assert any("rows were dropped as padding" in note for note in report.notes)
+
+
+def test_a_tracker_of_endless_digits_is_refused(tmp_path: Path) -> None:
+    """No number that Python reads, no name that a directory can have."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("9" * 5000)
+    with pytest.raises(CorruptFileError, match="neither an iteration nor"):
+        export_checkpoint(tmp_path / "run", tmp_path / "back")
 
 
 def test_an_import_keeps_what_it_says_to_megatron_lm(imported: Path) -> None:

@@ -123,6 +123,21 @@ def test_import_tells_the_flags_megatron_lm_needs(
     found = run("import", "--hf-model", checkpoint, "--megatron-path", tmp_path / "megatron")
     assert "--use-rope-scaling --rope-scaling-factor 8.0" in found.out
     assert "--norm-epsilon 1e-05" in found.out
+    assert "--ckpt-format torch_dist --use-checkpoint-args --finetune" in " ".join(
+        found.out.split()
+    )
+
+
+def test_overflow_is_allowed_only_where_something_is_rounded(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Without --dtype the flag would mean nothing."""
+    found = run(
+        *("import", "--hf-model", checkpoint, "--megatron-path", tmp_path / "megatron"),
+        "--allow-overflow",
+    )
+    assert found.code == 2
+    assert "BR001" in found.err
 
 
 def test_plan_shows_which_rectangle_becomes_which(run: Run, checkpoint: Path) -> None:
