@@ -147,6 +147,7 @@ def save_hf(
     """A Hugging Face directory of a live model; see `AutoBridge.save_hf_pretrained`."""
     with _live(model, spec) as (parts, layout, crew):
         target = _target(path)
+        _refuse_other_constants(parts, spec)
         refuse_no_float(weight_dtype)
         files = HfFiles(small={})
         if crew.rank == 0:
@@ -175,6 +176,7 @@ def save_megatron(
     """A Megatron checkpoint of a live model; see `AutoBridge.save_megatron_model`."""
     with _live(model, spec) as (parts, layout, crew):
         target = _target(path)
+        _refuse_other_constants(parts, spec)
         files = HfFiles(small={})
         if crew.rank == 0:
             refuse_overlap(target, _places(source, tokenizer))
@@ -202,6 +204,33 @@ def _with_dtype(files: HfFiles, source: HfPretrained, held: torch.dtype) -> dict
     if dtype.name != source.spec().params_dtype:
         small[CONFIG_NAME] = config_in(small[CONFIG_NAME], dtype, where=source.where)
     return small
+
+
+def _refuse_other_constants(parts: list[Any], spec: ModelSpec) -> None:
+    """No tensor's shape tells these, and `config.json` would name others than the model ran with.
+
+    Raises:
+        InconsistentConfigError: BR104, the live model has others than the bridge.
+    """
+    wanted = {
+        "layernorm_epsilon": spec.layernorm_epsilon,
+        "rotary_base": spec.rope.rotary_base,
+    }
+    found = {
+        "layernorm_epsilon": getattr(parts[0].config, "layernorm_epsilon", None),
+        "rotary_base": getattr(parts[0], "rotary_base", None),
+    }
+    wrong = [
+        f"{name}: {found[name]} live, {value} in the bridge's configuration"
+        for name, value in wanted.items()
+        if found[name] not in (None, value)
+    ]
+    if wrong:
+        raise InconsistentConfigError(
+            "the live model computes with other constants than the bridge's model",
+            where=wrong,
+            hint="save it with a bridge from the configuration that the model was built with",
+        )
 
 
 def _target(path: str | Path) -> Path:

@@ -139,6 +139,13 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
         layer = bare_parts(model)[0].decoder.layers[1]
         with torch.no_grad():
             layer.mlp.linear_fc2.weight[0, 0] = 1e6
+    if last:
+        config = bare_parts(model)[0].config
+        kept, config.layernorm_epsilon = config.layernorm_epsilon, 0.5
+    note("other constants", bridge.save_hf_pretrained, model, out)
+    note("other constants in megatron", bridge.save_megatron_model, model, out)
+    if last:
+        config.layernorm_epsilon = kept
     half: dict[str, Any] = {"weight_dtype": torch.float16}
     note("overflow", lambda: list(bridge.export_hf_weights(model, **half)))
     note("overflow saved", partial(bridge.save_hf_weights, **half), model, out)

@@ -251,6 +251,8 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
         "mismatches": "BR001",
         "no source": "BR001",
         "no model on some ranks": "BR200",
+        "other constants": "BR104",
+        "other constants in megatron": "BR104",
         "overflow": "BR303",
         "overflow saved": "BR303",
         "adapter": "BR400",
