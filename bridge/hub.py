@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import re
 import shutil
 import tempfile
@@ -65,7 +66,16 @@ class HubAccess:
 
 def is_hub_id(model: str) -> bool:
     """Whether this names a model on the Hub, and nothing that is here."""
-    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+    return _HUB_ID.fullmatch(model) is not None and not _is_here(model)
+
+
+def _is_here(model: str) -> bool:
+    try:
+        return Path(model).exists()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # no file can be called that
+            return False
+        raise CheckpointError(f"cannot read it: {error.strerror}", where=model) from None
 
 
 def resolve_model(
@@ -93,13 +103,12 @@ def resolve_model(
     revision = access.revision
     if is_url(model):
         return _resolve_url(model, revision)
-    path = Path(model)
-    if path.exists():
+    if _is_here(model):
         if revision is not None:
             raise UsageError(
                 "--revision is for models on the Hub, and this one is here", where=model
             )
-        return path
+        return Path(model)
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
             "no such file or directory",
@@ -144,7 +153,6 @@ def commit_of(snapshot: Location) -> str | None:
 def _snapshot(model: str, access: HubAccess, *, weights: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise EnvironmentMissingError(
             f"a Hub id needs huggingface_hub: {error}",
@@ -156,13 +164,15 @@ def _snapshot(model: str, access: HubAccess, *, weights: bool) -> Path:
         # A download that was cut short goes on where it stopped, and what is there is not fetched.
         found = snapshot_download(model, ignore_patterns=ignored, **asdict(access))
         return Path(found)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    # Ids that the Hub cannot have are ValueErrors, and the network's errors are those of whichever
+    # client huggingface_hub has: requests until its 1.0, httpx since.
+    except Exception as error:
         raise CheckpointError(
             f"neither a path here nor a model that the Hub gives: {reason(error)}",
             where=model,
             hint="check the path, or the id and the network; log in with `hf auth login` if it is "
             "gated, or download it elsewhere and give the directory",
-        ) from None
+        ) from error
 
 
 def _resolve_url(model: str, revision: str | None) -> Location:

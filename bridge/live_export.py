@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from bridge.errors import BridgeError
+from bridge.dtypes import dtype_named
+from bridge.errors import BridgeError, DtypeMismatchError, UsageError
 from bridge.forward import current_device
 from bridge.live_parameters import matched
 from bridge.loading import unwatched
 from bridge.parameters import Parameter, hf_tensors, parameters
 from bridge.progress import Advance
+from bridge.rounding import largest_finite
 from bridge.spec import ModelSpec, ParallelLayout, Stage
 from bridge.tiling import Shape, Tile
 
@@ -61,10 +63,13 @@ def export_hf(
         advance: Progress in bytes of the tensors, as the model holds them.
 
     Raises:
+        UsageError: BR001, a dtype that holds no floating-point numbers.
         PlanError: BR400, live parameters and the table are not the same, on whichever rank: nothing
             has been exchanged.
+        DtypeMismatchError: BR303, finite elements would become infinite, likewise.
     """
-    replica = _join_replica(model_parts, spec, layout)
+    refuse_no_float(weight_dtype)
+    replica = _join_replica(model_parts, spec, layout, weight_dtype, only)
     if dst is not None and dst not in replica.places.values():
         return
     shapes = hf_tensors(spec)
@@ -90,6 +95,20 @@ def export_hf(
                 )
 
 
+def refuse_no_float(dtype: torch.dtype | None, *, name: str = "weight_dtype") -> None:
+    """Refuse a dtype that weights are not rounded to but mangled in: integers, float8 unscaled.
+
+    Raises:
+        UsageError: BR001, naming it.
+    """
+    if dtype is not None and not dtype_named(str(dtype)).is_floating:
+        raise UsageError(
+            f"weights are not held in {dtype}",
+            where=f"{name}={dtype}",
+            hint="choose torch.bfloat16, torch.float16, torch.float32 or torch.float64",
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Replica:
     """The ranks that hold one model together, as one of them sees them.
@@ -112,7 +131,11 @@ class _Replica:
 
 
 def _join_replica(
-    model_parts: Sequence[GPTModel], spec: ModelSpec, layout: ParallelLayout
+    model_parts: Sequence[GPTModel],
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    weight_dtype: torch.dtype | None,
+    only: Collection[str] | None,
 ) -> _Replica:
     from megatron.core import parallel_state
 
@@ -123,8 +146,15 @@ def _join_replica(
     tensors: dict[str, torch.Tensor] = {}
     error: BridgeError | None = None
     try:
-        for one, _ in matched(model_parts, spec, layout):
+        overflows: dict[str, int] = {}
+        for one, parameter in matched(model_parts, spec, layout):
             tensors[one.name] = one.tensor.detach()
+            if weight_dtype is not None and (only is None or one.name in only):
+                tiles = parameter.shard(tp_rank, layout.tensor_model_parallel_size).tiles
+                overflows |= _overflows(tensors[one.name], tiles, weight_dtype)
+        # Now, and not when a tensor is put together: the ranks that send it would wait for ever.
+        if overflows and weight_dtype is not None:
+            raise _overflow_error(overflows, weight_dtype)
     except BridgeError as found:
         error = found  # the others are about to wait for this rank
     mine = rank, pp_rank, tp_rank, {name: one.dtype for name, one in tensors.items()}, error
@@ -140,6 +170,34 @@ def _join_replica(
         places={(pp, tp): global_rank for global_rank, pp, tp, *_ in told},
         tensors=tensors,
         dtypes={(pp, name): one for _, pp, _, of, _ in told for name, one in of.items()},
+    )
+
+
+def _overflows(
+    shard: torch.Tensor, tiles: Sequence[Tile], weight_dtype: torch.dtype
+) -> dict[str, int]:
+    """How many finite elements become infinite, by Hugging Face tensor; only those that any do."""
+    found: dict[str, int] = {}
+    if not shard.is_floating_point() or (
+        torch.finfo(weight_dtype).max >= torch.finfo(shard.dtype).max
+    ):
+        return found
+    for tile in tiles:
+        if tile.source is not None:
+            mine = shard[tile.target_box.slices]
+            count = int((mine.to(weight_dtype).isinf() & mine.isfinite()).sum())
+            if count:
+                found[tile.source] = found.get(tile.source, 0) + count
+    return found
+
+
+def _overflow_error(overflows: Mapping[str, int], weight_dtype: torch.dtype) -> DtypeMismatchError:
+    dtype = dtype_named(str(weight_dtype))
+    return DtypeMismatchError(
+        f"{sum(overflows.values())} elements of {len(overflows)} tensors are too large for "
+        f"{dtype.name}, whose largest value is {largest_finite(dtype):g}",
+        where=[f"{name}: {count}" for name, count in overflows.items()],
+        hint="choose torch.bfloat16 or torch.float32; nothing was written",
     )
 
 

@@ -44,17 +44,19 @@ def layout_of(model_parts: Sequence[GPTModel], spec: ModelSpec) -> ParallelLayou
     """
     from megatron.core import parallel_state
 
-    if not parallel_state.is_initialized():
-        raise LayoutError(
-            "Megatron-Core's parallel groups are not formed in this process",
-            hint="a live model exists while they do; call initialize_model_parallel first",
-        )
+    refuse_no_groups()
     refuse_other_parallelism()
     pp = parallel_state.get_pipeline_model_parallel_world_size()
-    counts: list[list[int]] = [[] for _ in range(pp)]
-    mine = [len(part.decoder.layers) for part in model_parts]
+    told: list[list[int] | str] = [[] for _ in range(pp)]
     group = parallel_state.get_pipeline_model_parallel_group()
-    torch.distributed.all_gather_object(counts, mine, group=group)
+    torch.distributed.all_gather_object(told, _num_layers(model_parts), group=group)
+    odd = [f"pipeline rank {rank}: {one}" for rank, one in enumerate(told) if isinstance(one, str)]
+    if odd:
+        raise LayoutError(
+            "these are no parts of a GPTModel", where=odd, hint="give what the provider built"
+        )
+    counts = [one for one in told if not isinstance(one, str)]
+    mine = counts[parallel_state.get_pipeline_model_parallel_rank()]
     if len({len(stages) for stages in counts}) != 1 or not mine:
         raise LayoutError(
             "pipeline ranks hold different numbers of model parts",
@@ -73,6 +75,25 @@ def layout_of(model_parts: Sequence[GPTModel], spec: ModelSpec) -> ParallelLayou
     )
     layout.validate_for(spec)
     return layout
+
+
+def _num_layers(model_parts: Sequence[GPTModel]) -> list[int] | str:
+    """Of each part; of anything else its type, for the other ranks are about to wait for this."""
+    try:
+        return [len(part.decoder.layers) for part in model_parts]
+    except AttributeError:
+        return ", ".join(type(part).__name__ for part in model_parts)
+
+
+def refuse_no_groups() -> None:
+    """Raise LayoutError BR200 where Megatron-Core's groups are not formed in this process."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized():
+        raise LayoutError(
+            "Megatron-Core's parallel groups are not formed in this process",
+            hint="a live model exists while they do; call initialize_model_parallel first",
+        )
 
 
 def refuse_other_parallelism() -> None:

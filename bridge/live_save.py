@@ -21,7 +21,7 @@ from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, Words, dtype_named
 from bridge.errors import VerificationError
 from bridge.hf_config import CONFIG_NAME
-from bridge.live_export import export_hf
+from bridge.live_export import export_hf, refuse_no_float
 from bridge.live_parameters import matched
 from bridge.megatron_args import checkpoint_args
 from bridge.parameters import Parameter
@@ -93,10 +93,13 @@ def save_hf(
         crew: The ranks.
 
     Raises:
+        UsageError: BR001, a dtype that holds no floating-point numbers.
+        DtypeMismatchError: BR303, finite elements would become infinite in it.
         TargetExistsError: BR304, the target exists and is not an empty directory.
         CheckpointError: BR300, the system refuses.
         VerificationError: BR305, what was written, read back, differs; nothing is left of it.
     """
+    refuse_no_float(weight_dtype)
     dtypes = _dtypes(model_parts, spec, layout, crew)
     plan = _plan(spec, layout)
     cast = None if weight_dtype is None else dtype_named(str(weight_dtype))

@@ -242,9 +242,10 @@ def seed_everything(seed: int | None = _SEED, device: Device = "cpu") -> None:
 
 def finalize() -> None:
     """Leave all groups; the process may then `initialize` again, for any layout."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    # Where it was never imported it has formed none, and a process that ends can import no more.
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -85,7 +85,7 @@ class ModelBridge:
         Raises:
             CheckpointError: BR300, it is not there.
             ConfigError: BR1xx, not a model that the bridge can honour.
-            UsageError: BR001, other arguments.
+            UsageError: BR001, other arguments, or a dtype that models cannot compute in.
         """
         trust_remote_code = bool(kwargs.pop("trust_remote_code", False))
         dtypes = [kwargs.pop(name, None) for name in ("torch_dtype", "dtype")]
@@ -97,11 +97,17 @@ class ModelBridge:
                 where=unknown,
                 hint=f"it takes {', '.join(sorted(_HUB_OPTIONS | {'dtype', 'trust_remote_code'}))}",
             )
+        wanted = [dtype_named(str(one)) for one in dtypes if one not in (None, "auto")]
+        odd = [f"dtype={one.name}" for one in wanted if not one.is_floating]
+        if odd:
+            raise UsageError(
+                "models compute in floating-point numbers", where=odd,
+                hint="choose bfloat16, float16 or float32",
+            )  # fmt: skip
         pretrained = HfPretrained.of_checkpoint(
             str(path), access, trust_remote_code=trust_remote_code
         )
-        wanted = [str(one) for one in dtypes if one not in (None, "auto")]
-        return cls(pretrained, params_dtype=dtype_named(wanted[0]).name if wanted else None)
+        return cls(pretrained, params_dtype=wanted[0].name if wanted else None)
 
     @classmethod
     def from_hf_config(cls, config: Any) -> Self:
@@ -154,14 +160,14 @@ class ModelBridge:
         Raises:
             UsageError: BR001, no weights to load.
         """
-        from bridge.auto.weights import load_hf_weights
+        from bridge.auto.weights import fill
 
         if not load_weights:
             return self._provider(None)
         source = self._weights(hf_path)
 
         def load(parts: list[Any], layout: ParallelLayout) -> None:
-            load_hf_weights(parts, self.spec, layout, source)
+            fill(parts, self.spec, layout, source)
 
         provider = self._provider(load)
         provider.hf_model_id = source.model_name_or_path

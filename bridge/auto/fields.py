@@ -11,11 +11,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+import torch
+
+from bridge.dtypes import dtype_named
 from bridge.errors import UsageError
 from bridge.hf_fields import same_value
-from bridge.megatron_config import heterogeneous_layers_json, model_wide_sizes
+from bridge.megatron_config import (
+    AttentionBackend,
+    Layers,
+    heterogeneous_layers_json,
+    model_wide_sizes,
+)
 from bridge.spec import ModelSpec
 
 HANDED_ON: Final = frozenset({
@@ -189,3 +197,48 @@ def _megatron_defaults() -> dict[str, object]:
         elif field.default_factory is not dataclasses.MISSING:
             found[field.name] = field.default_factory()
     return found
+
+
+_CHOICES: Final = {
+    "layers": ("auto", *get_args(Layers)),
+    "attention_backend": get_args(AttentionBackend),
+}
+_COUNTS: Final = {
+    "tensor_model_parallel_size": False,
+    "pipeline_model_parallel_size": False,
+    "make_vocab_size_divisible_by": False,
+    "virtual_pipeline_model_parallel_size": True,
+    "num_layers_in_first_pipeline_stage": True,
+    "num_layers_in_last_pipeline_stage": True,
+}
+"""Whether None is one of their values."""
+
+
+def check_settings(provider: Any) -> None:
+    """Refuse settings of a provider that are of no use to any model.
+
+    Raises:
+        UsageError: BR001, naming all of them.
+    """
+    wrong = []
+    for name, choices in _CHOICES.items():
+        value = getattr(provider, name)
+        if value not in choices:
+            wrong.append(f"{name}={value!r}: one of {', '.join(choices)}")
+    for name, optional in _COUNTS.items():
+        value = getattr(provider, name)
+        if value is None and optional:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            wrong.append(f"{name}={value!r}: an integer{' or None' if optional else ''}")
+        elif value < (0 if name.startswith("num_layers") else 1):
+            wrong.append(f"{name}={value!r}: a positive integer")
+    dtype = provider.params_dtype
+    if not isinstance(dtype, torch.dtype) or not dtype_named(str(dtype)).is_floating:
+        wrong.append(f"params_dtype={dtype!r}: a floating-point dtype of torch")
+    if wrong:
+        raise UsageError(
+            "the provider has settings that no model can be built with",
+            where=wrong,
+            hint="set what is named, or leave it at its default",
+        )

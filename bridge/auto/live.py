@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bridge.auto.base import ModelBridge
-from bridge.auto.tasks import ConversionTask, conversion_tasks
 from bridge.convert import DEFAULT_MAX_SHARD_SIZE
 from bridge.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
+    from bridge.auto.tasks import ConversionTask
     from bridge.live_export import HFWeightTuple
 
 
@@ -41,7 +41,6 @@ class LiveBridge(ModelBridge):
             AccountingError: BR301, the checkpoint's tensors are not the model's.
         """
         from bridge.auto.weights import load_hf_weights
-        from bridge.live_layout import bare_parts, layout_of
 
         if allowed_mismatched_params:
             raise UsageError(
@@ -49,8 +48,7 @@ class LiveBridge(ModelBridge):
                 where=allowed_mismatched_params,
                 hint="mend the checkpoint or its configuration; the error says what differs",
             )
-        parts = bare_parts(model)
-        load_hf_weights(parts, self.spec, layout_of(parts, self.spec), self._weights(hf_path))
+        load_hf_weights(model, self.spec, lambda: self._weights(hf_path))
         return model
 
     def export_hf_weights(
@@ -77,11 +75,14 @@ class LiveBridge(ModelBridge):
                 then empty, and has to be exhausted all the same.
 
         Raises:
+            UsageError: BR001, no such rank, or a dtype that holds no floating-point numbers.
             PlanError: BR400, the live model has parameters that are not the model's.
+            DtypeMismatchError: BR303, finite elements would become infinite in `weight_dtype`.
         """
         del merge_adapter_weights
-        from bridge.auto.weights import stream_hf_weights
+        from bridge.auto.weights import refuse_stream, stream_hf_weights
 
+        refuse_stream(weight_dtype, dst)
         only = None
         if conversion_tasks is not None:
             only = {task.global_param_name for task in conversion_tasks}
@@ -102,10 +103,9 @@ class LiveBridge(ModelBridge):
             hf_path: Read by Megatron-Bridge; the tasks are the model's, whatever its weights.
         """
         del hf_path
-        from bridge.live_layout import bare_parts, layout_of
+        from bridge.auto.weights import tasks_of
 
-        parts = bare_parts(megatron_model)
-        return conversion_tasks(parts, self.spec, layout_of(parts, self.spec))
+        return tasks_of(megatron_model, self.spec)
 
     def save_hf_pretrained(
         self,
@@ -128,7 +128,7 @@ class LiveBridge(ModelBridge):
 
         Args:
             model: One model part or all of this rank's, wrapped or not.
-            path: Directory to create.
+            path: Directory to create, of this machine; none that the source is, holds or lies in.
             show_progress: Show it, on rank 0, where stderr is a terminal.
             source_path: Directory whose files are added, where the source has none of that name.
             strict: Nothing is ever left out, whatever this says.
@@ -140,6 +140,8 @@ class LiveBridge(ModelBridge):
             max_shard_size: Bytes per weight file, where the source's own division is not known.
 
         Raises:
+            UsageError: BR001, such a directory, a URL, or a dtype of no floating-point numbers.
+            DtypeMismatchError: BR303, finite elements would become infinite in `weight_dtype`.
             TargetExistsError: BR304, the directory is there and not empty.
             VerificationError: BR305, what was written, read back, differs; nothing is left of it.
         """
@@ -196,7 +198,8 @@ class LiveBridge(ModelBridge):
 
         Args:
             model: One model part or all of this rank's, wrapped or not.
-            path: Directory to create, seen by all ranks.
+            path: Directory to create, seen by all ranks; none that the source or
+                `hf_tokenizer_path` is, holds or lies in, and no URL.
             hf_tokenizer_path: Directory or Hub id whose files besides weights are kept with the
                 checkpoint; None takes the bridge's own.
             low_memory_save: Memory is bounded either way; the model stays usable.
@@ -205,6 +208,7 @@ class LiveBridge(ModelBridge):
             overwrite: Replace an existing directory, once the new one is complete.
 
         Raises:
+            UsageError: BR001, such a directory, or a URL.
             TargetExistsError: BR304, the directory is there and not empty.
             VerificationError: BR305, what was written, read back, differs; nothing is left of it.
         """

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TypeAlias
 import torch
 
 from bridge.auto import groups
-from bridge.auto.fields import HANDED_ON, check_fixed, value_of
+from bridge.auto.fields import HANDED_ON, check_fixed, check_settings, value_of
 from bridge.auto.wrapping import prepare_part, wrap
 from bridge.dtypes import dtype_named
 from bridge.errors import LayoutError, PipelineParallelError, UsageError
@@ -113,7 +113,7 @@ class ModelProvider:
 
         Raises:
             LayoutError: BR200 to BR202, a layout that the model cannot be cut into.
-            UsageError: BR001, settings that contradict one another.
+            UsageError: BR001, settings that contradict one another, or that nothing can have.
         """
         self.layout()
         if self.pipeline_dtype not in (None, self.params_dtype):
@@ -125,6 +125,7 @@ class ModelProvider:
 
     def layout(self) -> ParallelLayout:
         """How the model will be cut. Raises as `finalize` does."""
+        check_settings(self)
         return plan_layout(
             self.spec,
             tensor_model_parallel_size=self.tensor_model_parallel_size,

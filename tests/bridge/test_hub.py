@@ -106,14 +106,21 @@ def test_a_copy_of_what_lies_at_the_top_is_whole() -> None:
         model.fs.rm("/model", recursive=True)
 
 
-def test_what_the_hub_refuses_without_a_word_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+class _TransportError(Exception):
+    """As an HTTP client has them, of no family of Python's own."""
+
+
+@pytest.mark.parametrize("error", [OSError, _TransportError])
+def test_what_the_hub_refuses_without_a_word_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     """Of our own, that says at least of what kind it was."""
 
     def refuse(*_: object, **__: object) -> None:
-        raise OSError
+        raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(CheckpointError, match=r"that the Hub gives: OSError\n") as caught:
+    with pytest.raises(CheckpointError, match=rf"that the Hub gives: {error.__name__}\n") as caught:
         resolve_model("nobody/nothing", weights=False)
     assert caught.value.where == ("nobody/nothing",)
 

@@ -163,6 +163,13 @@ def test_ranks_that_do_not_fill_the_layout_are_refused() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_leaving_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a process's end nothing can be: a conversion under torchrun never needed Megatron."""
+    monkeypatch.delitem(sys.modules, "megatron.core.parallel_state", raising=False)
+    platform.finalize()
+    assert "megatron.core.parallel_state" not in sys.modules
+
+
 def test_without_a_gpu_torch_cuda_answers_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """`device=torch.cuda.current_device()`, as Megatron writes it, is then the CPU."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

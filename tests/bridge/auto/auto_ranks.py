@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _named(model: list[Any]) -> list[tuple[str, torch.Tensor]]:
 
 def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path) -> dict[str, str]:
     """Errors that one rank alone sees, as every rank tells them."""
-    settings = {"tensor_model_parallel_size": 2}
+    settings = {"pipeline_model_parallel_size": 2}
     bridge, model = provided(hf, settings)
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     found = {}
@@ -104,14 +105,51 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
         except BridgeError as error:
             found[what] = str(error)
 
-    note("target", bridge.save_hf_pretrained, model, hf)
-    note("megatron target", bridge.save_megatron_model, model, hf)
+    note("target", bridge.save_hf_pretrained, model, more)
+    note("megatron target", bridge.save_megatron_model, model, more)
+    for what, save in (
+        ("hf", bridge.save_hf_pretrained),
+        ("weights", bridge.save_hf_weights),
+        ("megatron", bridge.save_megatron_model),
+    ):
+        note(f"{what} over the source", partial(save, overwrite=True), model, hf)
+        note(f"{what} around the source", partial(save, overwrite=True), model, hf.parent)
+        note(f"{what} in the source", save, model, hf / "new")
+        note(f"{what} to a URL", save, model, "nowhere://bucket/new")
+    over: dict[str, Any] = {"path": more, "overwrite": True}
+    note("over the side files", partial(bridge.save_hf_pretrained, source_path=more, **over), model)
+    note(
+        "over the tokenizer",
+        partial(bridge.save_megatron_model, hf_tokenizer_path=more, **over),
+        model,
+    )
+    nowhere = more / "nowhere"
+    note("no side files", partial(bridge.save_hf_pretrained, source_path=nowhere), model, out)
+    note("no tokenizer", partial(bridge.save_megatron_model, hf_tokenizer_path=nowhere), model, out)
+    note("weights on some ranks", bridge.load_hf_weights, model, nowhere if last else hf)
+    note("no rank", partial(bridge.export_hf_weights, dst=2), model)
+    note("integers", partial(bridge.export_hf_weights, weight_dtype=torch.int8), model)
+    note("integers saved", partial(bridge.save_hf_weights, weight_dtype=torch.int8), model, out)
     note("other weights", bridge.load_hf_weights, model, other)
     note("one more tensor", bridge.load_hf_weights, model, more)
     note("mismatches", bridge.load_hf_weights, model, None, ["decoder.*"])
     note("no source", AutoBridge.from_hf_config(bridge.hf_pretrained.config).load_hf_weights, model)
+    note("no model on some ranks", bridge.get_conversion_tasks, torch.nn.ReLU() if last else model)
     if last:
         layer = bare_parts(model)[0].decoder.layers[1]
+        with torch.no_grad():
+            layer.mlp.linear_fc2.weight[0, 0] = 1e6
+    if last:
+        config = bare_parts(model)[0].config
+        kept, config.layernorm_epsilon = config.layernorm_epsilon, 0.5
+    note("other constants", bridge.save_hf_pretrained, model, out)
+    note("other constants in megatron", bridge.save_megatron_model, model, out)
+    if last:
+        config.layernorm_epsilon = kept
+    half: dict[str, Any] = {"weight_dtype": torch.float16}
+    note("overflow", lambda: list(bridge.export_hf_weights(model, **half)))
+    note("overflow saved", partial(bridge.save_hf_weights, **half), model, out)
+    if last:
         layer.register_parameter("lora", torch.nn.Parameter(torch.zeros(3)))
     note("adapter", lambda: list(bridge.export_hf_weights(model)))
     note("adapter saved", bridge.save_hf_pretrained, model, out / "adapter")

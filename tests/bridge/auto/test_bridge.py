@@ -136,6 +136,8 @@ def test_what_is_not_of_the_family_is_neither_supported_nor_taken(tmp_path: Path
     with pytest.raises(UnsupportedArchitectureError):
         AutoBridge.from_hf_pretrained(tmp_path)
     assert not AutoBridge.can_handle(tmp_path / "nowhere", trust_remote_code=True)
+    for name in ("a--b/c", "org/model.git", "x" * 5000, "o/" + "x" * 5000, "\0", "no://where"):
+        assert not AutoBridge.can_handle(name)
 
 
 def test_arguments_of_from_hf_pretrained_are_honoured_or_refused(models: dict[str, Path]) -> None:
@@ -149,6 +151,8 @@ def test_arguments_of_from_hf_pretrained_are_honoured_or_refused(models: dict[st
     with pytest.raises(UsageError, match="would ignore these arguments") as caught:
         AutoBridge.from_hf_pretrained(hf, quantization_config={}, subfolder="x")
     assert caught.value.where == ("quantization_config", "subfolder")
+    with pytest.raises(UsageError, match="compute in floating-point numbers"):
+        AutoBridge.from_hf_pretrained(hf, torch_dtype=torch.int8)
     with pytest.raises(UsageError, match="on the Hub, and this one is here"):
         AutoBridge.from_hf_pretrained(hf, revision="main")
 

@@ -137,13 +137,21 @@ def test_a_saved_model_is_its_source_again(
 def test_each_rank_writes_the_very_files_of_an_import(
     pool: RankPool, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Whose format Megatron-Core's own loader is held to elsewhere; only hashes are not known."""
+    """Whose format Megatron-Core's own loader is held to elsewhere.
+
+    Hashes are not known, and what Megatron-Bridge's training wants beside it is an import's alone.
+    """
     hf = checkpoints["51b"]
     run(pool, checkpoints, "padded", ranks.save, tmp_path)
     import_checkpoint(
         hf, tmp_path / "imported", tensor_model_parallel_size=2, pipeline_model_parallel_size=2
     )
-    assert same_files(tmp_path / "imported", tmp_path / "megatron") == ["nemotron_bridge.json"]
+    assert same_files(tmp_path / "imported", tmp_path / "megatron") == [
+        "iter_0000000/run_config.yaml",
+        "iter_0000000/train_state.pt",
+        "latest_train_state.pt",
+        "nemotron_bridge.json",
+    ]
 
 
 def test_tasks_say_what_becomes_of_each_parameter(
@@ -219,21 +227,40 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
     index["weight_map"]["model.layers.0.extra.weight"] = "extra.safetensors"
     (more / "model.safetensors.index.json").write_text(json.dumps(index))
     before = sorted(path.name for path in hf.iterdir())
-    layout = plan_layout(read_spec(hf), tensor_model_parallel_size=2)
+    layout = plan_layout(read_spec(hf), pipeline_model_parallel_size=2)
     first, last = pool.run(layout, ranks.refusals, hf, other, more, tmp_path / "out")
     assert first == last
     assert {what: error[:5] for what, error in first.items()} == {
         "target": "BR304",
         "megatron target": "BR304",
+        **{
+            f"{what} {where}": "BR001"
+            for what in ("hf", "weights", "megatron")
+            for where in ("over the source", "around the source", "in the source", "to a URL")
+        },
+        "over the side files": "BR001",
+        "over the tokenizer": "BR001",
+        "no side files": "BR300",
+        "no tokenizer": "BR300",
+        "weights on some ranks": "BR300",
+        "no rank": "BR001",
+        "integers": "BR001",
+        "integers saved": "BR001",
         "other weights": "BR104",
         "one more tensor": "BR301",
         "mismatches": "BR001",
         "no source": "BR001",
+        "no model on some ranks": "BR200",
+        "other constants": "BR104",
+        "other constants in megatron": "BR104",
+        "overflow": "BR303",
+        "overflow saved": "BR303",
         "adapter": "BR400",
         "adapter saved": "BR400",
         "adapter in megatron": "BR400",
     }
-    assert "decoder.layers.1.lora" in first["adapter"]
+    assert "mlp.down_proj.weight: 1" in first["overflow"]
+    assert "lora" in first["adapter"]
     assert before == sorted(path.name for path in hf.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["more"]
 

@@ -157,6 +157,12 @@ def test_layers_are_dealt_out_as_asked(
             },
             "leave 5 layers for 1 pipeline ranks",
         ),
+        ({"layers": "foo"}, "layers='foo': one of auto, local, te"),
+        ({"attention_backend": "nope"}, "attention_backend='nope': one of auto, unfused"),
+        ({"make_vocab_size_divisible_by": -1}, "make_vocab_size_divisible_by=-1: a positive"),
+        ({"tensor_model_parallel_size": "2"}, "tensor_model_parallel_size='2': an integer"),
+        ({"pipeline_model_parallel_size": None}, "pipeline_model_parallel_size=None: an integer"),
+        ({"params_dtype": torch.int8}, "params_dtype=torch.int8: a floating-point dtype"),
         ({"pipeline_dtype": torch.float32}, "pipeline_dtype=torch.float32 with params_dtype="),
     ],
 )
