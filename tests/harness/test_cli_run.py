@@ -85,7 +85,7 @@ def test_a_run_with_other_limits_cases_or_code_is_not_resumed(
 ) -> None:
     """Each alone is enough, and the report is left as it was."""
     from harness import thresholds
-    from harness.report import digests
+    from harness.report import provenance
 
     behave(monkeypatch, judge)
     run_cases(tmp_path)
