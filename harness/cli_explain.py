@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
-import harness.errors  # noqa: F401  # its errors are found as subclasses
+import bridge.errors
+import harness.errors
 from bridge.cli import app
 from bridge.cli_options import Json
 from bridge.console import print_json, stdout, table
@@ -21,7 +22,13 @@ Code = Annotated[
 
 def error_kinds() -> Mapping[str, type[BridgeError]]:
     """Every error of the project by its code, in the order of the codes."""
-    return dict(sorted((kind.code, kind) for kind in _descendants(BridgeError)))
+    found = [
+        kind
+        for module in (bridge.errors, harness.errors)
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, BridgeError) and kind is not BridgeError
+    ]
+    return {kind.code: kind for kind in sorted(found, key=lambda kind: kind.code)}
 
 
 def explanation(kind: type[BridgeError]) -> str:
@@ -52,9 +59,3 @@ def explain(code: Code = None, json_: Json = False) -> None:
         for one, kind in kinds.items():
             rows.add_row(one, explanation(kind).partition("\n")[0], str(kind.exit_code))
         stdout().print(rows)
-
-
-def _descendants(kind: type[BridgeError]) -> Iterator[type[BridgeError]]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _descendants(child)
