@@ -93,7 +93,7 @@ def test_a_run_with_other_limits_cases_or_code_is_not_resumed(
     with pytest.raises(ResumeError, match="cases"):
         run_cases(tmp_path, CASES[:2], resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(digests, "code_sha256", lambda: "f" * 64)
+        patch.setattr(provenance, "code_sha256", lambda: "f" * 64)
         with pytest.raises(ResumeError, match="code"):
             run_cases(tmp_path, resume=True)
     known = load_thresholds()
