@@ -1,7 +1,7 @@
 """The documentation tells the truth: its commands run as they are printed.
 
 Blocks marked `bash` are run, page by page, each page in a directory of its own; blocks marked `sh`
-need a real checkpoint, a GPU or a cluster.
+need a real checkpoint, a GPU or a cluster, and so do scripts, which `tests/test_clusters.py` reads.
 """
 
 from __future__ import annotations
@@ -15,10 +15,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+
+
+def commands(page: Path) -> list[str]:
+    """The blocks of a page that a reader pastes into a shell."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"^```bash\n(?!#!)(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
 PAGES = sorted(
     page
     for page in (ROOT / "docs").rglob("*.md")
-    if "evidence" not in page.parts and "```bash" in page.read_text(encoding="utf-8")
+    if "evidence" not in page.parts and commands(page)
 )
 
 
@@ -26,14 +34,12 @@ PAGES = sorted(
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
     """As a reader would paste them, one after the other; the first that fails ends the page."""
-    text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     command = tmp_path / "bin" / "nemotron-bridge"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m harness "$@"\n')
     command.chmod(0o755)
     done = subprocess.run(  # noqa: S603  # the page's own commands
-        ["bash", "-euxo", "pipefail", "-c", "\n".join(blocks)],  # noqa: S607  # the user's bash
+        ["bash", "-euxo", "pipefail", "-c", "\n".join(commands(page))],  # noqa: S607  # the user's bash
         cwd=tmp_path,
         env=os.environ
         | {
