@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,29 +109,44 @@ def test_under_torchrun_the_budget_is_each_ranks_and_the_cores_are_the_machines(
     assert transfer_limits("1GiB").threads == 1
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["import", "--help"], ["import"], ["import", "--workers", "2"]]
-)
-def test_no_conversion_on_one_machine_imports_torch(
-    arguments: list[str], checkpoint: Path, tmp_path: Path
-) -> None:
-    """Nor anything else that takes seconds: not in the command, and not in its workers."""
-    if arguments[0] == "import" and "--help" not in arguments:
-        arguments = [
-            *arguments, "--hf-model", str(checkpoint), "--megatron-path", str(tmp_path / "m")
-        ]  # fmt: skip
+@pytest.fixture
+def run_without_torch(tmp_path: Path) -> Callable[..., None]:
+    """Run a command line that may import nothing that takes seconds, and succeeds."""
     # Workers get the path and the environment, so that nobody finds these packages to import.
     for heavy in ("torch", "transformers", "megatron", "hypothesis"):
         (tmp_path / "barred" / heavy).mkdir(parents=True)
         text = f"raise AssertionError('{heavy} was imported')"
         (tmp_path / "barred" / heavy / "__init__.py").write_text(text)
-    done = subprocess.run(  # noqa: S603 (our own interpreter)
-        [sys.executable, "-m", "harness", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "barred"), str(ROOT)])},
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+
+    def run(*arguments: str) -> None:
+        done = subprocess.run(  # noqa: S603 (our own interpreter)
+            [sys.executable, "-m", "harness", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "barred"), str(ROOT)])},
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+
+    return run
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["import", "--help"], ["export", "--help"]])
+def test_no_help_imports_torch(
+    run_without_torch: Callable[..., None], arguments: list[str]
+) -> None:
+    """It is there at once."""
+    run_without_torch(*arguments)
+
+
+@pytest.mark.parametrize("verify", ["bits", "none"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_no_conversion_without_computation_imports_torch(
+    run_without_torch: Callable[..., None], checkpoint: Path, workers: str, verify: str
+) -> None:
+    """Not in the command, and not in its workers; `--verify auto` and `full` compute with it."""
+    options = ("--megatron-path", "m", "--workers", workers, "--verify", verify)
+    run_without_torch("import", "--hf-model", str(checkpoint), *options)
+    run_without_torch("export", "--hf-path", "back", *options)
