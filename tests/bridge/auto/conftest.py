@@ -157,7 +157,8 @@ def hub() -> Iterator[Callable[..., Hub]]:
 def script(tmp_path: Path) -> Callable[..., str]:
     """Run Python as a user's script, in a directory of its own: `script(code, ranks=2)`.
 
-    Gives its stdout. A script that does not end well fails the test with all it said.
+    Gives its stdout; with ranks, which print at once, that of the first, then the next one's. A
+    script that does not end well fails the test with all it said.
     """
 
     def run(code: str, *, ranks: int = 0, **environment: str) -> str:
@@ -167,6 +168,7 @@ def script(tmp_path: Path) -> Callable[..., str]:
         if ranks:
             command[1:1] = [
                 *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)),
+                *("--redirects", "1", "--log-dir", "logs"),
             ]
         kept = {
             name: value
@@ -183,6 +185,9 @@ def script(tmp_path: Path) -> Callable[..., str]:
             check=False,
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
+        files = (tmp_path / "logs").glob("*/attempt_0/*/stdout.log")
+        by_rank = {int(file.parent.name): file.read_text(encoding="utf-8") for file in files}
+        assert sorted(by_rank) == [*range(ranks)]
+        return done.stdout + "".join(by_rank[rank] for rank in range(ranks))
 
     return run

@@ -7,6 +7,7 @@ Each is one of `docs/migration.md`, run as a user would: by `python` or by torch
 from __future__ import annotations
 
 import filecmp
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,15 @@ SCRIPTS = dict(
     )
 )
 """The page's scripts by their headings."""
+HELD = """
+import json
+import os
+from pathlib import Path
+
+held = {name: list(shard.shape) for part in model for name, shard in part.named_parameters()}
+Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(held))
+"""
+"""Follows a script whose ranks have a `model`: what each holds, in a file of its own."""
 PROMPT = [3, 141, 59, 26, 5]
 NEW_TOKENS = 6
 
@@ -69,21 +79,44 @@ def greedy(directory: Path) -> list[int]:
     return tokens[0].tolist()
 
 
+def slices() -> dict[str, list[int]]:
+    """What each of two TP ranks holds of `model`: half of all rows, heads and widths; norms whole.
+
+    The vocabulary's 523 rows are padded to 524.
+    """
+    found = {
+        "embedding.word_embeddings.weight": [262, 128],
+        "output_layer.weight": [262, 128],
+        "decoder.final_layernorm.weight": [128],
+    }
+    for layer_idx, half in enumerate((256, 640, 128, 384, 256, 128, 128, 256)):
+        layer = f"decoder.layers.{layer_idx}"
+        found[f"{layer}.pre_mlp_layernorm.weight"] = [128]
+        found[f"{layer}.mlp.linear_fc1.weight"] = [half + half, 128]
+        found[f"{layer}.mlp.linear_fc2.weight"] = [128, half]
+    for layer_idx in (0, 1, 3, 6, 7):  # the others have no attention
+        layer = f"decoder.layers.{layer_idx}"
+        found[f"{layer}.input_layernorm.weight"] = [128]
+        found[f"{layer}.self_attention.linear_qkv.weight"] = [64 + 8 + 8, 128]
+        found[f"{layer}.self_attention.linear_proj.weight"] = [128, 64]
+    return found
+
+
 def test_a_model_is_loaded_over_two_tensor_parallel_ranks(
     model: Path, tmp_path: Path, script: Script, hub: StartHub
 ) -> None:
     """By torchrun, which the provider joins by itself; streamed to every rank, and saved again."""
     environment = hub(model, HUB_ID).environment
-    out = script(SCRIPTS["Load, on any layout"], ranks=2, **environment)
-    # Two ranks print at once, and a line may begin within the other's: names stay whole.
-    streamed = sorted(re.findall(r"model\.layers\.\d+\.self_attn\.q_proj\.weight", out))
-    names = [
-        name
+    out = script(SCRIPTS["Load, on any layout"] + HELD, ranks=2, **environment)
+    streamed = out.splitlines()
+    whole = sorted(
+        f"{name} {tuple(tensor.shape)} {tensor.dtype}"
         for file in model.glob("*.safetensors")
-        for name in load_file(file)
-        if "self_attn.q_proj" in name
-    ]
-    assert streamed == sorted(names * 2)
+        for name, tensor in load_file(file).items()
+    )
+    assert sorted(streamed[: len(whole)]) == sorted(streamed[len(whole) :]) == whole
+    for rank in range(2):
+        assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == slices()
     assert same_files(model, tmp_path / "hf_exports" / "super-49b")
     export_checkpoint(tmp_path / "checkpoints" / "super-49b", tmp_path / "back")
     assert same_files(model, tmp_path / "back")
