@@ -181,12 +181,18 @@ def _introduced(connection: Connection, token: bytes) -> Member | None:
 def _limited(connection: Connection, seconds: float) -> Iterator[None]:
     """Let no read of a connection take longer: half a message is as good as none."""
     with socket.socket(fileno=os.dup(connection.fileno())) as one:  # the same socket
-        for limit in (seconds, 0.0):
-            whole = int(limit)
-            value = struct.pack("ll", whole, int((limit - whole) * 1e6))
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-            if limit:
-                yield
+        _let_wait(one, seconds)
+        try:
+            yield
+        finally:
+            _let_wait(one, 0.0)
+
+
+def _let_wait(one: socket.socket, seconds: float) -> None:
+    """Let a read wait so long at most; 0 is for ever."""
+    whole = int(seconds)
+    value = struct.pack("ll", whole, int((seconds - whole) * 1e6))
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
 
 
 def _connection(one: socket.socket) -> Connection:

@@ -81,6 +81,8 @@ def test_a_stranger_at_the_door_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -
     friend = meeting.join(store, member(1))  # type: ignore[arg-type]  # as above
     thread.join(10)
     assert [link.member for link in found[0].values()] == [member(1)]
+    threading.Timer(1.0, friend.send, ["at leisure"]).start()  # the limit was for strangers
+    assert found[0][1].connection.recv() == "at leisure"
     friend.close()
     found[0][1].connection.close()
 
