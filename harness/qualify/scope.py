@@ -19,7 +19,8 @@ from bridge.spec import ModelSpec
 from harness.faults import CATALOGUE, applicable
 from harness.layouts import runs
 from harness.oracle import NotUnderstoodError, read_config
-from harness.qualify.twin import Twin, make_twin, traits_of
+from harness.qualify.traits import traits_of
+from harness.qualify.twin import Twin, make_twin
 from harness.streaming.bench import CHECKS as WALKED_CHECKS
 from harness.streaming.segments import distinct_blocks
 from harness.suite import Case, Compute
