@@ -6,9 +6,7 @@ Importing this module imports no torch: `--help` is instant.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated
 
 import typer
 
@@ -33,13 +31,9 @@ from bridge.cli_options import (
     shard_size,
     transfer_limits,
 )
+from bridge.cli_verification import finish, refuse_full_of_rounded
 from bridge.console import RichProgress, parse_size, print_json
-from bridge.errors import EnvironmentMissingError, UsageError
-from bridge.render import print_report
-from bridge.storage.remote import Location, parse_location
-
-if TYPE_CHECKING:
-    from bridge.conversion import ConversionReport
+from bridge.storage.remote import parse_location
 
 app = typer.Typer(
     name="nemotron-bridge",
@@ -48,121 +42,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class FullVerification(Protocol):
-    """What `--verify full` does after a conversion."""
-
-    def __call__(
-        self,
-        hf: Path,
-        megatron: Path,
-        *,
-        trust_remote_code: bool,
-        carry: Collection[str],
-        quiet: bool,
-    ) -> None:
-        """Prove the pair; with `quiet`, stdout is left to the command's own JSON."""
-        ...
-
-
-class BlockVerification(Protocol):
-    """What `--verify auto` does after a conversion whose bits have been compared."""
-
-    def __call__(
-        self, hf: Location, megatron: Location, *, carry: Collection[str], num_rounded: int
-    ) -> Outcome:
-        """Compute with one block of each kind of the pair, unless its two sides differ in value."""
-        ...
-
-
-class Outcome(Protocol):
-    """What became of it."""
-
-    @property
-    def status(self) -> Literal["passed", "failed", "not run", "error"]:
-        """The verdict."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        ...
-
-    def lines(self) -> list[str]:
-        """For people."""
-        ...
-
-
-full_verification: FullVerification | None = None
-"""Set by `harness.cli`. It raises `typer.Exit` with the harness's exit code when a check fails.
-"""
-block_verification: BlockVerification | None = None
-"""Set by `harness.cli`; without it, bits are all that is compared."""
-
-
-def _finish(
-    report: ConversionReport,
-    verify: str,
-    hf: Location,
-    megatron: Location,
-    *,
-    trust_remote_code: bool,
-    carry: Collection[str] | None,
-    json_: bool,
-) -> None:
-    """Print what was done, and do what `--verify` adds to the comparison of bits."""
-    document = report.to_dict()
-    if not json_:
-        print_report(document, json_=False)
-    found = None
-    if verify == "auto" and block_verification is not None:
-        rounded = (report.rounding or {}).get("changed", 0)
-        found = block_verification(hf, megatron, carry=carry or (), num_rounded=rounded)
-        document["block_parity"] = found.to_dict()
-    if json_:
-        print_report(document, json_=True)
-    elif found is not None:
-        for line in found.lines():
-            typer.echo(line)
-    if found is not None and found.status in {"failed", "error"}:
-        raise typer.Exit(1 if found.status == "failed" else 3)
-    _verify_fully(
-        verify, hf, megatron, trust_remote_code=trust_remote_code, carry=carry, json_=json_
-    )
-
-
-def _refuse_full_of_rounded(verify: str, dtype: str | None) -> None:
-    if verify == "full" and dtype is not None:
-        raise UsageError(
-            "--verify full holds both sides against each other bit by bit, and --dtype makes them "
-            "differ",
-            hint="leave --verify away, which checks every rounding; then export in the same dtype, "
-            "and `verify` that pair",
-        )
-
-
-def _verify_fully(
-    verify: str,
-    hf: Location,
-    megatron: Location,
-    *,
-    trust_remote_code: bool,
-    carry: Collection[str] | None,
-    json_: bool,
-) -> None:
-    if verify != "full":
-        return
-    if full_verification is None:
-        raise EnvironmentMissingError(
-            "--verify full needs the harness", hint="run the nemotron-bridge command"
-        )
-    from bridge.hub import OTHER_WEIGHTS, local_copy
-
-    # The ranks and the reference model read files of this machine only.
-    with local_copy(hf, without=OTHER_WEIGHTS) as ours, local_copy(megatron) as theirs:
-        full_verification(
-            ours, theirs, trust_remote_code=trust_remote_code, carry=carry or (), quiet=json_
-        )
 
 
 def _version(wanted: bool) -> None:
@@ -210,7 +89,7 @@ def import_(
     from bridge.crew.launch import crew_of
     from bridge.hub import is_hub_id, resolve_model
 
-    _refuse_full_of_rounded(verify, dtype)
+    refuse_full_of_rounded(verify, dtype)
     with crew_of(workers, (hf_model, megatron_path)) as crew:
         megatron = parse_location(megatron_path)
         hf = resolve_model(hf_model, weights=True, revision=revision)
@@ -235,7 +114,7 @@ def import_(
         )
     if crew.rank:
         return
-    _finish(
+    finish(
         report, verify, hf, megatron, trust_remote_code=trust_remote_code, carry=carry, json_=json_
     )
 
@@ -281,7 +160,7 @@ def export(
     from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
-    _refuse_full_of_rounded(verify, dtype)
+    refuse_full_of_rounded(verify, dtype)
     with crew_of(workers, (megatron_path, hf_path, hf_model)) as crew:
         megatron, hf = parse_location(megatron_path), parse_location(hf_path)
         resolved = None
@@ -306,7 +185,7 @@ def export(
         )
     if crew.rank:
         return
-    _finish(
+    finish(
         report, verify, hf, megatron, trust_remote_code=trust_remote_code, carry=carry, json_=json_
     )
 

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-import bridge.cli
-from bridge import cli_generate, cli_inspect
+from bridge import cli_generate, cli_inspect, cli_verification
 from bridge.cli import app
 from bridge.cli_options import (
     CarryField,
@@ -258,8 +257,8 @@ def _verify_conversion(
     finish(run_and_report(cases, {subject.name: subject}, timeout=1800.0, on_stderr=quiet))
 
 
-bridge.cli.full_verification = _verify_conversion
-bridge.cli.block_verification = cli_blocks.verify_blocks
+cli_verification.full_verification = _verify_conversion
+cli_verification.block_verification = cli_blocks.verify_blocks
 
 
 @app.command()

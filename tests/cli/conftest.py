@@ -33,7 +33,7 @@ def bits_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
     What it adds is in `test_block_parity.py`.
     """
-    monkeypatch.setattr("bridge.cli.block_verification", None)
+    monkeypatch.setattr("bridge.cli_verification.block_verification", None)
 
 
 @pytest.fixture

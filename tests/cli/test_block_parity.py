@@ -51,7 +51,7 @@ def test_both_directions_compute_with_the_pair_they_have_made(
 ) -> None:
     """After the report; what was left out follows, with the command for it."""
     proof = Recorded(outcome("passed"))
-    monkeypatch.setattr("bridge.cli.block_verification", proof)
+    monkeypatch.setattr("bridge.cli_verification.block_verification", proof)
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     imported = run("import", "--hf-model", hf, "--megatron-path", megatron)
     assert imported.code == 0
@@ -73,7 +73,7 @@ def test_nothing_is_computed_where_bits_are_enough(
 ) -> None:
     """And JSON says nothing of it."""
     proof = Recorded(outcome("passed"))
-    monkeypatch.setattr("bridge.cli.block_verification", proof)
+    monkeypatch.setattr("bridge.cli_verification.block_verification", proof)
     done = run("import", "--hf-model", hf, "--megatron-path", tmp_path / "m", "--verify", verify,
                "--json")  # fmt: skip
     assert done.code == 0
@@ -86,7 +86,7 @@ def test_a_failure_is_exit_code_1_and_what_cannot_be_done_is_said(
     run: Run, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, code: int
 ) -> None:
     """The conversion is there in either case: its bits are right."""
-    monkeypatch.setattr("bridge.cli.block_verification", Recorded(outcome(status)))
+    monkeypatch.setattr("bridge.cli_verification.block_verification", Recorded(outcome(status)))
     done = run("import", "--hf-model", hf, "--megatron-path", tmp_path / "m")
     assert done.code == code
     said = "could not be carried out" if status == "error" else status
@@ -99,7 +99,7 @@ def test_two_sides_that_rounding_made_differ_are_not_computed_with(
 ) -> None:
     """The toy's values are not all float16's; its own dtype has them."""
     proof = Recorded(outcome("passed"))
-    monkeypatch.setattr("bridge.cli.block_verification", proof)
+    monkeypatch.setattr("bridge.cli_verification.block_verification", proof)
     for dtype in ("float16", "float32"):
         done = run("import", "--hf-model", hf, "--megatron-path", tmp_path / dtype, "--dtype",
                    dtype, "--json")  # fmt: skip

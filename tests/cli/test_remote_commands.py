@@ -143,7 +143,7 @@ def test_a_whole_proof_after_an_import_to_a_url_is_of_copies(
     def prove(ours: Path, theirs: Path, **_: object) -> None:
         seen.extend([files_of(ours), files_of(theirs)])
 
-    monkeypatch.setattr("bridge.cli.full_verification", prove)
+    monkeypatch.setattr("bridge.cli_verification.full_verification", prove)
     done = run(
         *("import", "--hf-model", "memory://bucket/hf", "--megatron-path", "memory://bucket/m"),
         *("--verify", "full"),
