@@ -11,9 +11,8 @@ import os
 import sys
 import traceback
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,7 +22,6 @@ from bridge.cli_options import (
     CarryField,
     DeviceName,
     Json,
-    LayersChoice,
     LayersName,
     Revision,
     TrustRemoteCode,
@@ -36,27 +34,31 @@ from harness import (
     cli_explain,
     cli_faults,
     cli_golden,
+    cli_parity,
     cli_qualify,
     cli_replay,
     cli_stream,
 )
-from harness.cli_run import Format, Report, Resume, Workdir, finish, print_ids, run_and_report
+from harness.cli_run import (
+    Format,
+    ListOnly,
+    Report,
+    Resume,
+    Select,
+    Workdir,
+    finish,
+    print_ids,
+    run_and_report,
+)
 from harness.cli_tools import DtypeName, Timeout
 
 if TYPE_CHECKING:
     from bridge.spec import ModelSpec
     from harness.bench import Subject
 
-Select = Annotated[
-    list[str] | None,
-    typer.Option("--select", help="Only cases whose id has this in it, or fits this glob."),
-]
-ListOnly = Annotated[
-    bool, typer.Option("--list", "--dry-run", help="Print the ids of the cases; run nothing.")
-]
 _COMMANDS = (
     cli_inspect, cli_generate, cli_bench, cli_diff, cli_explain, cli_faults, cli_golden,
-    cli_qualify, cli_replay,
+    cli_parity, cli_qualify, cli_replay,
 )  # fmt: skip
 """Modules that add commands of their own."""
 _ON_RANKS = ("parity", "verify")
@@ -259,58 +261,6 @@ def _verify_conversion(
 
 cli_verification.full_verification = _verify_conversion
 cli_verification.block_verification = cli_blocks.verify_blocks
-
-
-@app.command()
-def parity(
-    suite: Annotated[str, typer.Option("--suite", help="Name, or path of a TOML file.")] = "parity",
-    select: Select = None,
-    device: Annotated[
-        Literal["cpu", "cuda"] | None,
-        typer.Option("--device", help="Run every case there, whatever the suite says."),
-    ] = None,
-    layers: Annotated[
-        LayersChoice | None,
-        typer.Option("--layers", help="Build every live model of these, whatever the suite says."),
-    ] = None,
-    timeout: Timeout = 300.0,
-    allow_not_run: Annotated[
-        list[str] | None,
-        typer.Option("--allow-not-run", help="Reason that is no failure, such as gpu."),
-    ] = None,
-    list_only: ListOnly = False,
-    json_: Json = False,
-    workdir: Workdir = None,
-    report: Report = None,
-    resume: Resume = False,
-    form: Format = "text",
-) -> None:
-    """Run a suite: toys of the whole family against real Megatron-Core ranks."""
-    from harness.suite import forms_ranks, layers_named, load_suite
-    from harness.suite import select as select_cases
-
-    loaded = load_suite(suite)
-    cases = loaded.cases
-    if device is not None:
-        cases = tuple(replace(case, device=device) for case in cases)
-    if layers is not None:
-        cases = tuple(
-            replace(case, layers=layers_named(layers, case.device))
-            if forms_ranks(case.check)
-            else case
-            for case in cases
-        )
-    cases = tuple(dict.fromkeys(cases))  # what differed in this alone is one case now
-    chosen = select_cases(cases, select or ())
-    if list_only:
-        print_ids(chosen, json_=json_ or form == "json")
-        return
-    finish(
-        run_and_report(
-            chosen, {}, timeout=timeout, workdir=workdir, report_dir=report, suite=loaded.name,
-            resume=resume, form="json" if json_ else form, allow_not_run=allow_not_run or (),
-        )
-    )  # fmt: skip
 
 
 def _run() -> None:

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 
 FormatName = Literal["text", "json", "junit"]
 
+Select = Annotated[
+    list[str] | None,
+    typer.Option("--select", help="Only cases whose id has this in it, or fits this glob."),
+]
+ListOnly = Annotated[
+    bool, typer.Option("--list", "--dry-run", help="Print the ids of the cases; run nothing.")
+]
 Report = Annotated[
     Path | None,
     typer.Option(
