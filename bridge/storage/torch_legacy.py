@@ -12,9 +12,8 @@ Source: Megatron-LM core_v0.16.1 `get_checkpoint_name` and `generate_state_dict`
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -42,6 +41,14 @@ from bridge.storage.torch_legacy_ranks import (
     refuse_old,
     refuse_unlike_ranks,
 )
+from bridge.storage.torch_legacy_stages import (
+    LAYER,
+    PART,
+    first_layers,
+    in_whole_model,
+    num_layers_of,
+    parts_of,
+)
 from bridge.storage.torch_record import Archive, TensorLocation
 from bridge.storage.unpickle import StoredTensor, unpickle_object
 from bridge.tiling import Box, Shape
@@ -49,9 +56,6 @@ from bridge.tiling import Box, Shape
 STATE_NAME: Final = "model_optim_rng.pt"
 OPTIMIZER_NAME: Final = "distrib_optim.pt"
 
-_PART: Final = re.compile(r"model(?P<vp>\d*)")
-_LAYER: Final = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?P<rest>.+)")
-_WRAPPERS: Final = re.compile(r"(?:module\.|model\.)*")
 _ROWS: Final[Mapping[str, Row]] = {
     row.name: row
     for rows in (*ATTENTION_ROWS.values(), *FFN_ROWS.values(), (EMBEDDING_ROW, OUTPUT_ROW))
@@ -139,7 +143,7 @@ class TorchLegacyReader:
         by_rank = {one.rank[0]: one for one in shards}
         first = shards[0].location
         whole = StoredKey(_info(first, first.shape), (shards[0].chunk(Box.whole(first.shape), 0),))
-        layer = _LAYER.fullmatch(name)
+        layer = LAYER.fullmatch(name)
         row = _ROWS.get(name if layer is None else layer["rest"])
         if row is None and not name.endswith(_NORMS):
             return whole  # none of the family's: how TP cuts it is unknown, the accounting names it
@@ -185,7 +189,7 @@ class TorchLegacyReader:
     def _ignored_nbytes(self, ranks: Mapping[RankName, str]) -> dict[str, int]:
         """What else the files hold, by its name at the top; of the size only files tell."""
         kept = {"args", "checkpoint_version", "iteration"}
-        found = {name: 0 for name in self._common if name not in kept and not _PART.fullmatch(name)}
+        found = {name: 0 for name in self._common if name not in kept and not PART.fullmatch(name)}
         for name in ranks.values():
             path = self.directory / name / OPTIMIZER_NAME
             if path.is_file():
@@ -199,7 +203,7 @@ class TorchLegacyReader:
 
     def common(self) -> Mapping[str, object]:
         """What the first rank's file holds beside the model: `args`, `iteration` and others."""
-        return {name: value for name, value in self._common.items() if not _PART.fullmatch(name)}
+        return {name: value for name, value in self._common.items() if not PART.fullmatch(name)}
 
     def read_into(self, name: str, box: Box, out: Words) -> None:
         """Fill `out` with that box of the tensor; see `ChunkReader.read_into`."""
@@ -266,14 +270,14 @@ def _shards(
     """Every parameter of the model by its name in the whole model, with the ranks' shards."""
     parts: dict[tuple[int, int], list[tuple[RankName, Mapping[str, object]]]] = defaultdict(list)
     for rank, (archive, state) in states.items():
-        for vp_stage, part in _parts_of(state, archive.where):
+        for vp_stage, part in parts_of(state, archive.where):
             parts[vp_stage, rank[1]].append((rank, part))
     # Virtual stage `vp_stage * PP + pp_rank`: Megatron deals layers out in that order.
     counts = {
-        stage: max((_num_layers_of(part) for _, part in of_stage), default=0)
+        stage: max((num_layers_of(part) for _, part in of_stage), default=0)
         for stage, of_stage in sorted(parts.items())
     }
-    offsets = _first_layers(counts, num_layers, where)
+    offsets = first_layers(counts, num_layers, where)
     found: dict[str, list[_Shard]] = defaultdict(list)
     for stage, of_stage in sorted(parts.items()):
         for rank, part in of_stage:
@@ -281,74 +285,6 @@ def _shards(
             for key, value in part.items():
                 if not isinstance(value, StoredTensor) or key.endswith("._extra_state"):
                     continue
-                name = _in_whole_model(key, offsets[stage])
+                name = in_whole_model(key, offsets[stage])
                 found[name].append(_Shard(rank, files[rank], archive.locate(value)))
     return found
-
-
-def _parts_of(state: Mapping[Any, Any], where: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    found = False
-    for key, part in state.items():
-        match = _PART.fullmatch(key) if isinstance(key, str) else None
-        if match is None or not isinstance(part, dict):
-            continue
-        if "language_model" in part:
-            raise CheckpointError(
-                "the model is one of Megatron-LM's classes before Megatron-Core",
-                where=where,
-                hint="convert it with Megatron-LM: tools/checkpoint/convert.py --saver core",
-            )
-        found = True
-        yield int(match["vp"] or 0), _unwrapped(part, where)
-    if not found:
-        raise CorruptFileError("holds no model", where=where)
-
-
-def _unwrapped(part: Mapping[Any, object], where: str) -> dict[str, object]:
-    """The parameters without what wrappers put before their names."""
-    keys: dict[str, str] = {}
-    found = {}
-    for key, value in part.items():
-        name = _WRAPPERS.sub("", str(key), count=1)
-        if name in keys:
-            raise CorruptFileError(f"{name} is stored as {keys[name]} and as {key}", where=where)
-        keys[name], found[name] = str(key), value
-    return found
-
-
-def _num_layers_of(part: Mapping[str, object]) -> int:
-    matches = (_LAYER.fullmatch(name) for name in part)
-    return max((int(match["layer"]) + 1 for match in matches if match), default=0)
-
-
-def _first_layers(
-    counts: Mapping[tuple[int, int], int], num_layers: int | None, where: str
-) -> dict[tuple[int, int], int]:
-    """The index of each stage's first layer in the whole model.
-
-    A layer without parameters leaves no trace in the file, so a stage that ends in one looks too
-    short; an even split tells how long it is.
-    """
-    seen = sum(counts.values())
-    if num_layers is not None and seen != num_layers:
-        even, rest = divmod(num_layers, len(counts))
-        if rest or any(count > even for count in counts.values()):
-            raise CheckpointError(
-                f"the stages show {seen} of {num_layers} layers: where those without parameters "
-                "are cannot be told",
-                where=[f"{where}: stage {stage}: {count}" for stage, count in counts.items()],
-                hint="convert it with Megatron-LM: --ckpt-convert-format torch_dist",
-            )
-        counts = dict.fromkeys(counts, even)
-    found, start = {}, 0
-    for stage, count in counts.items():
-        found[stage] = start
-        start += count
-    return found
-
-
-def _in_whole_model(key: str, first_layer: int) -> str:
-    match = _LAYER.fullmatch(key)
-    if match is None:
-        return key
-    return f"decoder.layers.{first_layer + int(match['layer'])}.{match['rest']}"
