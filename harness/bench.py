@@ -21,8 +21,14 @@ from harness.live_blocks import Gathered
 from harness.localize import Localisation
 from harness.oracle import POWERS, Weight, forward, read_config
 from harness.oracle_gradients import LossAndGradients, loss_and_gradients
-from harness.probes import Probe
-from harness.reference import float32_powers, hf_inv_freq, hf_logits, load_hf_model
+from harness.probes import CONTEXT_LENGTHS, Probe
+from harness.reference import (
+    attention_for,
+    float32_powers,
+    hf_inv_freq,
+    hf_logits,
+    load_hf_model,
+)
 from harness.suite import Case
 from harness.workbench import BASE_LAYOUT, Subject, Workbench
 
@@ -86,6 +92,10 @@ class Bench(Workbench):
                 return detached.provenance.inv_freq
         return None
 
+    def reference_attention(self, case: Case) -> str:
+        """The name of the attention that the live Hugging Face model has on the case's probe."""
+        return attention_for(CONTEXT_LENGTHS.get(case.probe or "", 0))
+
     def hf_model(self, case: Case) -> Any:  # noqa: ANN401 - transformers is not typed
         """The live Hugging Face model in the case's dtype; whoever hooks into it takes it out.
 
@@ -94,6 +104,7 @@ class Bench(Workbench):
                 from where it can.
         """
         path, subject = self.checkpoint(case), self.subject(case.model)
+        attention = self.reference_attention(case)
 
         def load() -> Any:  # noqa: ANN401 - as above
             try:
@@ -102,6 +113,7 @@ class Bench(Workbench):
                     dtype=case.dtype,
                     trust_remote_code=subject.trust_remote_code,
                     carry=subject.carry,
+                    attention=attention,
                 )
             except (BridgeError, ImportError, OSError, RuntimeError, ValueError) as error:
                 if not subject.references:
@@ -119,7 +131,7 @@ class Bench(Workbench):
             return found
 
         return self._once(
-            "hf model", path, case.dtype, case.device, make=load,
+            "hf model", path, case.dtype, case.device, attention, make=load,
             spoilt=self.fault.reference is not None,
         )  # fmt: skip
 

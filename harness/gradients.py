@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from harness.live_gradients import RankGradients, as_array
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+_DROWNED: Final = 1 / 32
+"""Of a tensor's own size; times the limit of bfloat16 that is three eighths of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -176,7 +179,9 @@ def tensor_errors(
         truth: The oracle's, float64.
         floor: The least error counted for the reference, relative to the largest rms(truth) of
             all tensors. Gradients are sums in which the large ones of later blocks meet, so their
-            rounding is what a small one drowns in; its own size says nothing about that.
+            rounding is what a small one drowns in. It counts for no more than `_DROWNED` of the
+            tensor's own rms: where more is lost, the reference has lost as much itself, and
+            where the reference has not, a gradient that is missing must not pass for rounding.
 
     Returns:
         Errors, largest excess first, and what could not be compared, which is a failure.
@@ -208,7 +213,10 @@ def tensor_errors(
         ]
         problems += wrong
         if not wrong:
-            found.append(_tensor_error(name, ours, theirs, true, least, scales[name]))
+            own = scales[name] * _DROWNED
+            found.append(
+                _tensor_error(name, ours, theirs, true, min(least, own or least), scales[name])
+            )
     found.sort(key=lambda one: (-one.excess, one.name))
     return found, problems
 

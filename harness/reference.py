@@ -5,15 +5,32 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_EAGER_UP_TO: Final = 32_768
+"""Tokens of a sequence; eager attention stores each score: at 131,072, four heads' fill 128 GiB."""
+
+
+def attention_for(length: int) -> str:
+    """Which attention the reference computes a sequence of so many tokens with.
+
+    `eager`, which is written out in float32 softmax and all, as long as its scores fit a GPU;
+    then `sdpa`, transformers' own default, whose kernels store none.
+    """
+    return "eager" if length <= _EAGER_UP_TO else "sdpa"
+
 
 def load_hf_model(
-    path: Path, *, dtype: str, trust_remote_code: bool = False, carry: Collection[str] = ()
+    path: Path,
+    *,
+    dtype: str,
+    trust_remote_code: bool = False,
+    carry: Collection[str] = (),
+    attention: str = "eager",
 ) -> Any:  # noqa: ANN401 - transformers is not typed
     """The reference model of a checkpoint, without transformers' own progress bars."""
     import torch
@@ -26,6 +43,7 @@ def load_hf_model(
         path,
         dtype=getattr(torch, dtype),
         trust_remote_code=trust_remote_code,
+        attn_implementation=attention,
         carry=carry,
     )
 

@@ -105,7 +105,7 @@ def _reference(case: Case, bench: Bench) -> str:
     """Whose numbers were taken for the reference's."""
     detached = bench.detached(case)
     if detached is None:
-        return "run here"
+        return f"run here, with {bench.reference_attention(case)} attention"
     return f"{detached.where}: {detached.provenance.implementation}"
 
 

@@ -17,6 +17,7 @@ from harness.checks import logits
 from harness.compare import Finding
 from harness.hooks import HEALTHY, Fault
 from harness.probes import CONTEXT_LENGTHS
+from harness.reference import attention_for
 from harness.runner import run_case
 from harness.suite import PROBES, Case, load_suite, suite_names
 from harness.thresholds import judge_logits, load_thresholds
@@ -72,6 +73,26 @@ def test_attention_that_forgets_is_seen_by_real_length_alone(bench: Bench) -> No
     first = next(place for place in found.places if place.startswith("first token beyond"))
     assert faults.WINDOW <= int(first.rpartition(" ")[2]) < LENGTH
     assert "not localised on context-32k" in found.places[-1]
+
+
+@pytest.mark.ranks
+def test_a_reference_whose_scores_fit_nowhere_stores_none(bench: Bench) -> None:
+    """Its attention is transformers' `sdpa`, which is as near to the truth, and said."""
+    with (
+        mock.patch.dict(CONTEXT_LENGTHS, {"context-128k": LENGTH // 2}),
+        mock.patch("harness.reference._EAGER_UP_TO", LENGTH // 2 - 1),
+        mock.patch("bridge.decilm.layers.eager_attention_forward", side_effect=MemoryError),
+    ):
+        found = finding(bench, "tp1-pp1", probe="context-128k")
+    assert found.passed, found
+    assert found.details["reference"] == "run here, with sdpa attention"
+
+
+def test_only_128k_tokens_are_too_many_for_eager_attention() -> None:
+    """Published limits and verdicts were measured with eager attention."""
+    assert [attention_for(length) for length in (48, *CONTEXT_LENGTHS.values())] == [
+        "eager", "eager", "sdpa",
+    ]  # fmt: skip
 
 
 @pytest.mark.ranks
