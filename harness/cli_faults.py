@@ -5,6 +5,8 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +20,7 @@ from harness.cli_tools import DtypeName
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from harness.faults.units import Matrix
+    from harness.faults.units import Matrix, Unit
 
 Workers = Annotated[
     int | None,
@@ -61,47 +63,75 @@ def faults(
     ] = False,
     json_: Json = False,
     report: Report = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the matrix that --report holds: its units stand."
+        ),
+    ] = False,
 ) -> None:
     """Break the bridge in every way of the catalogue, and see every break noticed.
 
     Exits with 1 if a fault survives, if a check kills nothing or could be left away, or if a check
     fails without any fault.
     """
-    from bridge.console import print_json, stdout, table
+    from bridge.console import print_json, stdout
     from harness.faults import CATALOGUE
+    from harness.faults.journal import UnitJournal
     from harness.faults.matrix import DEFAULT_TOYS, run_matrix
+    from harness.report.digests import code_sha256, digest_of
+    from harness.report.evidence import thresholds_as_data
     from harness.report.files import report_directory, writing_into
     from harness.report.progress import CountProgress
     from harness.suite import Compute, layers_named
+    from harness.thresholds import load_thresholds
     from harness.toys import toy_named
 
     names = _chosen(list(CATALOGUE), select or ())
+    if resume and report is None:
+        raise UsageError(
+            "there is nothing to resume without the report of the earlier run",
+            hint="give --report the directory that it had",
+        )
     if report is not None:
         report_directory(report)
     if list_only:
-        if json_:
-            print_json([_about(name) for name in names])
-            return
-        rows = table("fault", "family", "stands for")
-        for name in names:
-            rows.add_row(name, CATALOGUE[name].family, CATALOGUE[name].stands_for)
-        stdout().print(rows)
+        _list(names, as_json=json_)
         return
     chosen = tuple(toy_named(one).name for one in _split(toys)) or DEFAULT_TOYS
     looking = known_checks(checks)
-    with CountProgress("faults") as progress:
+    computes = [
+        Compute(dtype=one, device=device, layers=layers_named(layers, device))
+        for one in _known_dtypes(dtypes)
+    ]
+    identity = {
+        "code": code_sha256(),
+        "thresholds": digest_of(thresholds_as_data(load_thresholds())),
+        "faults": list(names),
+        "toys": list(chosen),
+        "checks": list(looking),
+        "computes": [asdict(one) for one in computes],
+        "full": full,
+    }
+    with ExitStack() as stack:
+        journal = None
+        if report is not None:
+            begin = UnitJournal.resume if resume else UnitJournal.begin
+            journal = stack.enter_context(begin(report, identity))
+        earlier = [] if journal is None else list(journal.earlier)
+        progress = stack.enter_context(CountProgress("faults"))
+
+        def on_unit(unit: Unit, total: int) -> None:
+            if journal is not None:
+                journal.add(unit)
+            alive = f"SURVIVED {unit.fault} on {unit.toy} in {unit.dtype}"
+            progress.advance(
+                total - len(earlier), f"{unit.fault} on {unit.toy}", "" if unit.killed_by else alive
+            )
+
         matrix, alarms = run_matrix(
-            faults=names, toys=chosen, checks=looking, workers=workers,
-            computes=[
-                Compute(dtype=one, device=device, layers=layers_named(layers, device))
-                for one in _known_dtypes(dtypes)
-            ],
-            timeout=timeout, full=full,
-            on_unit=lambda unit, total: progress.advance(
-                total,
-                f"{unit.fault} on {unit.toy}",
-                "" if unit.killed_by else f"SURVIVED {unit.fault} on {unit.toy} in {unit.dtype}",
-            ),
+            faults=names, toys=chosen, checks=looking, workers=workers, computes=computes,
+            timeout=timeout, full=full, earlier=earlier, on_unit=on_unit,
         )  # fmt: skip
     # Whether a check is needed shows only where every fault and every check took part.
     whole = not select and not checks and not toys
@@ -131,6 +161,19 @@ def faults(
             _write_matrix(report, data)
     if wrong:
         raise typer.Exit(1)
+
+
+def _list(names: Sequence[str], *, as_json: bool) -> None:
+    from bridge.console import print_json, stdout, table
+    from harness.faults import CATALOGUE
+
+    if as_json:
+        print_json([_about(name) for name in names])
+        return
+    rows = table("fault", "family", "stands for")
+    for name in names:
+        rows.add_row(name, CATALOGUE[name].family, CATALOGUE[name].stands_for)
+    stdout().print(rows)
 
 
 def _about(name: str) -> dict[str, str]:

@@ -16,8 +16,8 @@ from harness.live_gradients import RankGradients, as_array
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_DROWNED: Final = 1 / 32
-"""Of a tensor's own size; times the limit of bfloat16 that is three eighths of it."""
+_DROWNED: Final = 1 / 20
+"""Of a tensor's own size; times the limit of bfloat16 that is three fifths of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

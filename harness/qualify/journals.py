@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from harness.qualify.trial import JOURNAL_NAME as FAULTS_NAME
+from harness.faults.journal import FILE_NAME as FAULTS_NAME
 from harness.report.journal import FILE_NAME as CASES_NAME
 
 Data = Mapping[str, Any]

@@ -6,22 +6,20 @@ Each unit is on the disk before the next one ends, so a trial that was killed go
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from harness.bench import Subject
+from harness.errors import ResumeError
+from harness.faults.journal import UnitJournal
 from harness.faults.matrix import ENOUGH, run_matrix
 from harness.faults.units import Matrix, Unit, unit_from_data
 from harness.qualify.scope import Scope
 from harness.report.digests import code_sha256, digest_of
-from harness.report.files import writing_into
 from harness.report.progress import CountProgress
 from harness.verification import CHECK_NAMES
-
-JOURNAL_NAME: Final = "faults.jsonl"
 
 
 def run_trial(
@@ -50,26 +48,12 @@ def run_trial(
         "dtype": scope.choices.dtype,
         "device": scope.choices.device,
     }
-    path = directory / JOURNAL_NAME
-    earlier = _kept(path, identity) if resume else []
-    earlier = [one for one in earlier if one.fault in scope.faults]
-    with writing_into(directory):
-        file = path.open("w", encoding="utf-8")
-    with file:
-
-        def keep(record: Mapping[str, Any]) -> None:
-            with writing_into(directory):
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-
-        keep({"identity": identity})
-        for unit in earlier:
-            keep(unit.to_dict())
+    with _journal(directory, identity, resume=resume) as journal:
+        earlier = [one for one in journal.earlier if one.fault in scope.faults]
         with CountProgress("faults") as progress:
 
             def on_unit(unit: Unit, total: int) -> None:
-                keep(unit.to_dict())
+                journal.add(unit)
                 alive = f"SURVIVED {unit.fault}, {', '.join(unit.checks) or 'nothing'} looked"
                 progress.advance(total - len(earlier), unit.fault, "" if unit.killed_by else alive)
 
@@ -97,12 +81,9 @@ def matrix_data(
     return matrix.to_dict() | {"alarms": alarms, "problems": wrong, "left_out": []}
 
 
-def _kept(path: Path, identity: Mapping[str, Any]) -> list[Unit]:
-    """Units of an earlier part of this very trial; a torn last line is left out."""
-    try:
-        lines = path.read_text("utf-8").split("\n")[:-1]
-        if json.loads(lines[0]) != {"identity": identity}:
-            return []
-        return [unit_from_data(json.loads(line)) for line in lines[1:]]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return []
+def _journal(directory: Path, identity: Mapping[str, Any], *, resume: bool) -> UnitJournal:
+    """Of the run's earlier part, if that was this very trial; else a new one."""
+    if resume:
+        with contextlib.suppress(ResumeError):
+            return UnitJournal.resume(directory, identity)
+    return UnitJournal.begin(directory, identity)

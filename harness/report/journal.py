@@ -86,7 +86,7 @@ class Journal:
         file = _open(path)
         try:
             header, records, end = _read(file, path)
-            _same_run(header["identity"], strict(identity), path)
+            same_run(header["identity"], strict(identity), path)
             results = [result_from_data(record["result"]) for record in records]
             earlier = Earlier(
                 started=header["started"],
@@ -174,7 +174,7 @@ def _unreadable(path: Path, why: str) -> ResumeError:
     )
 
 
-def _same_run(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
+def same_run(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
     """Refuse a journal of another run, and say what is other."""
     changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if changed:

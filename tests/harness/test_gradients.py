@@ -106,8 +106,8 @@ def test_a_reference_counts_as_sane_by_its_best_tensor() -> None:
 
 
 def test_the_floor_is_relative_to_the_largest_gradient_of_the_model() -> None:
-    """A small gradient beside a large one may be off by the rounding of the large one."""
-    truth = {"large": np.full(3, 100.0), "small": np.full(2, 0.1)}
+    """A smaller gradient beside a large one may be off by the rounding of the large one."""
+    truth = {"large": np.full(3, 100.0), "small": np.full(2, 50.0)}
     ours = {"large": [truth["large"]], "small": [truth["small"] + 0.5]}
     errors, _ = tensor_errors(ours, truth, truth, floor=0.01)
     assert [(one.name, one.excess) for one in errors] == [
@@ -116,11 +116,39 @@ def test_the_floor_is_relative_to_the_largest_gradient_of_the_model() -> None:
     ]
 
 
+def test_a_small_gradient_that_is_missing_does_not_pass_for_rounding() -> None:
+    """The floor is 1 and the gradient 0.1: all of it would be a tenth of what is let through."""
+    truth = {"large": np.full(3, 100.0), "small": np.full(2, 0.1)}
+    ours = {"large": [truth["large"]], "small": [truth["small"] * 0]}
+    (small, _), _ = tensor_errors(ours, truth, truth, floor=0.01)
+    assert small.name == "small"
+    assert small.excess == pytest.approx(20.0)
+
+
+def test_what_the_reference_loses_as_well_is_rounding() -> None:
+    """Where a gradient is drowned in others, the reference's is as far off."""
+    truth = {"large": np.full(3, 100.0), "small": np.full(2, 0.1)}
+    theirs = {**truth, "small": np.full(2, 0.6)}
+    ours = {"large": [truth["large"]], "small": [np.full(2, -0.4)]}
+    (small, _), _ = tensor_errors(ours, theirs, truth, floor=0.01)
+    assert small.name == "small"
+    assert small.excess == pytest.approx(1.0)
+
+
+def test_a_gradient_that_should_be_zero_is_held_to_the_largest() -> None:
+    """It has no size of its own."""
+    truth = {"large": np.full(3, 100.0), "none": np.zeros(2)}
+    ours = {"large": [truth["large"]], "none": [np.full(2, 0.25)]}
+    (none, _), _ = tensor_errors(ours, truth, truth, floor=0.01)
+    assert none.name == "none"
+    assert none.excess == pytest.approx(0.25)
+
+
 def test_the_worst_copy_counts() -> None:
     """One rank in order does not hide another that is not."""
     truth = np.ones(2)
-    (error,), _ = tensor_errors({"n": [truth, truth + 1]}, {"n": truth}, {"n": truth}, floor=0.1)
-    assert error.excess == pytest.approx(10.0)
+    (error,), _ = tensor_errors({"n": [truth, truth + 1]}, {"n": truth}, {"n": truth}, floor=0.02)
+    assert error.excess == pytest.approx(50.0)
 
 
 ONES = np.ones((2, 2))

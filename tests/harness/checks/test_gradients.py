@@ -79,6 +79,13 @@ def test_a_gradient_that_is_not_summed_is_found(
     assert "; in " in found.places[0]
 
 
+def test_half_a_gradient_does_not_pass_for_rounding_in_bfloat16(bench: Bench) -> None:
+    """The tied embedding's is small beside others', and 88 % wrong without the other stage's."""
+    found = finding(bench, "tied", "tp1-pp2", dtype="bfloat16", fault="tied-gradients-not-summed")
+    assert not found.passed
+    assert "model.embed_tokens.weight" in found.places[0]
+
+
 def test_a_wrong_reference_is_named_as_the_odd_one_out(bench: Bench) -> None:
     """Its final norm is off by a thousandth: every gradient of it is."""
     found = finding(bench, "tied", "tp1-pp1", fault="reference-norm-scaled")

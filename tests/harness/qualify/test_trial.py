@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from harness.bench import Bench, Subject
+from harness.faults.journal import FILE_NAME
 from harness.faults.matrix import MATRIX_CASES, cases_for, run_matrix
 from harness.faults.units import Unit, unit_from_data
 from harness.qualify.scope import Choices, Scope, scope_of
-from harness.qualify.trial import JOURNAL_NAME, run_trial
+from harness.qualify.trial import run_trial
 from harness.suite import Compute
 from harness.toys import toy_named, write_checkpoint
 from harness.verification import CHECK_NAMES
@@ -79,9 +80,7 @@ def test_every_fault_is_tried_once_after_the_healthy_twin(
     assert asked == [None, "rope-theta", "tie-inverted"]
     assert found["survivors"] == ["tie-inverted"]
     assert found["problems"] == ["survived: tie-inverted"]
-    header, *units = [
-        json.loads(line) for line in (tmp_path / JOURNAL_NAME).read_text().splitlines()
-    ]
+    header, *units = [json.loads(line) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
     assert set(header["identity"]) == {"code", "twin", "dtype", "device"}
     assert {one["fault"] for one in units} == set(FAULTS)
 
@@ -91,7 +90,7 @@ def test_a_second_part_runs_what_the_first_has_not(
 ) -> None:
     """A torn last line is left out; the matrix is of both parts."""
     whole = trial(scope, subjects, tmp_path, resume=False)
-    journal = tmp_path / JOURNAL_NAME
+    journal = tmp_path / FILE_NAME
     header, first, second = journal.read_text().splitlines()
     journal.write_text(f"{header}\n{first}\n{second[:30]}")
     asked.clear()
@@ -108,7 +107,7 @@ def test_units_of_another_trial_are_not_taken_over(
 ) -> None:
     """All of it is run again."""
     trial(scope, subjects, tmp_path, resume=False)
-    journal = tmp_path / JOURNAL_NAME
+    journal = tmp_path / FILE_NAME
     header, *units = journal.read_text().splitlines()
     identity = json.loads(header)["identity"]
     identity |= {"other code": {"code": "x"}, "another twin": {"twin": "x"}}.get(change, {})
