@@ -23,6 +23,10 @@ nox.options.stop_on_first_error = True
 
 ROOT = Path(__file__).parent
 ENVIRONMENT = ROOT / ".nox" / "env"
+PEER = (
+    *("torch==2.13.0", "megatron-core==0.16.1", "transformers==4.57.6", "hydra-core==1.3.2"),
+    *("einops", "omegaconf", "psutil", "pyyaml", "rich", "six", "tensorboard", "triton"),
+)
 STAMP = ENVIRONMENT / "inputs.sha256"
 
 
@@ -102,6 +106,23 @@ def cluster(session: nox.Session) -> None:
     """Run the tests of several machines that take minutes: whole suites and lost processes."""
     python = environment(session)
     session.run(python, "-m", "pytest", "-n", "2", "-m", "cluster", *session.posargs)
+
+
+@nox.session
+def peer(session: nox.Session) -> None:
+    """Let the real Megatron-Bridge read imports and write checkpoints for exports."""
+    python = environment(session)
+    peers = ROOT / ".nox" / "peer"
+    if not (peers / "installed").exists():
+        shutil.rmtree(peers, ignore_errors=True)
+        session.run(sys.executable, "-m", "venv", str(peers))
+        install = (str(peers / "bin" / "python"), "-m", "pip", "install", "--quiet")
+        session.run(*install, *PEER)
+        # Its other requirements want a GPU, or to be compiled for one: see the script's stand-ins.
+        session.run(*install, "--no-deps", "megatron-bridge==0.3.1")
+        (peers / "installed").touch()
+    session.env["NEMOTRON_BRIDGE_PEER_PYTHON"] = str(peers / "bin" / "python")
+    session.run(python, "-m", "pytest", "-m", "peer", "tests/peer", *session.posargs)
 
 
 @nox.session
