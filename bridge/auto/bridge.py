@@ -50,7 +50,8 @@ class AutoBridge(LiveBridge):
             InconsistentConfigError: BR104, it is of another model than the bridge.
             AccountingError: BR301, parameters missing or of another shape.
         """
-        from bridge.auto.checkpoints import groups_formed, load
+        from bridge.auto.checkpoints import load
+        from bridge.auto.groups import groups_formed
         from bridge.spec import ParallelLayout
 
         def fill(parts: list[Any], layout: ParallelLayout) -> None:
@@ -91,7 +92,7 @@ class AutoBridge(LiveBridge):
         from bridge.auto.checkpoints import import_
 
         import_(
-            cls.from_hf_pretrained(hf_model_id, **kwargs), megatron_path,
+            lambda: cls.from_hf_pretrained(hf_model_id, **kwargs), megatron_path,
             show_progress=show_progress, overwrite=overwrite,
         )  # fmt: skip
 
@@ -120,6 +121,8 @@ class AutoBridge(LiveBridge):
 
         Raises:
             TargetExistsError: BR304, the directory is there and not empty.
+            UsageError: BR001, a directory that the bridge's own checkpoint or `source_path` is,
+                holds or lies in.
             BridgeError: As `bridge.export_checkpoint`.
         """
         del strict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from bridge.record import read_record, sha256_of
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.storage.megatron import MegatronSource
 from bridge.storage.remote import Location, parse_location
-from bridge.storage.target import read_small_file
+from bridge.storage.target import read_small_file, refuse_overlap
 from bridge.storage.torch_dist_iteration import open_checkpoint
 
 if TYPE_CHECKING:
@@ -29,26 +30,28 @@ if TYPE_CHECKING:
 
 
 def import_(
-    bridge: ModelBridge, megatron_path: str | Path, *, show_progress: bool, overwrite: bool
+    find: Callable[[], ModelBridge],
+    megatron_path: str | Path,
+    *,
+    show_progress: bool,
+    overwrite: bool,
 ) -> None:
-    """Convert; see `AutoBridge.import_ckpt`."""
-    source = bridge.hf_pretrained
-    if bridge.spec.params_dtype != source.spec().params_dtype:
-        raise UsageError(
-            f"an import changes no dtype, and {bridge.spec.params_dtype} is asked for",
-            where=f"{source.where}: {source.spec().params_dtype}",
-            hint="load the checkpoint at the dtype you want: a provider's params_dtype",
+    """Convert what each rank finds; see `AutoBridge.import_ckpt`."""
+    with together(crew_here()) as crew:
+        bridge = find()
+        source = bridge.hf_pretrained
+        if bridge.spec.params_dtype != source.spec().params_dtype:
+            raise UsageError(
+                f"an import changes no dtype, and {bridge.spec.params_dtype} is asked for",
+                where=f"{source.where}: {source.spec().params_dtype}",
+                hint="load the checkpoint at the dtype you want: a provider's params_dtype",
+            )
+        options = ConversionOptions(
+            progress=progress_here(show=show_progress),
+            overwrite=overwrite,
+            hf_model_id=source.hub_id,
         )
-    crew = crew_here()
-    options = ConversionOptions(
-        progress=progress_here(show=show_progress), overwrite=overwrite, hf_model_id=source.hub_id
-    )
-    target = parse_location(str(megatron_path))
-    if isinstance(crew, LiveCrew):
-        with together(crew):
-            hf = source.location(weights=True)
-            import_checkpoint(hf, target, options=options, crew=crew)
-    else:
+        target = parse_location(str(megatron_path))
         import_checkpoint(source.location(weights=True), target, options=options, crew=crew)
 
 
@@ -62,16 +65,15 @@ def export(
     overwrite: bool,
 ) -> None:
     """Convert back; see `AutoBridge.export_ckpt`."""
-    crew = crew_here()
-    options = ConversionOptions(progress=progress_here(show=show_progress), overwrite=overwrite)
-    megatron, target = parse_location(str(megatron_path)), parse_location(str(hf_path))
-    with bridge.hf_pretrained.as_directory(source_path) as side:
-        # What the checkpoint keeps of its source says more: how the weights were cut into files.
-        hf_model = None if source_path is None and _keeps(megatron, side) else side
-        if isinstance(crew, LiveCrew):
-            with together(crew):
-                export_checkpoint(megatron, target, hf_model=hf_model, options=options, crew=crew)
-        else:
+    source = bridge.hf_pretrained
+    with together(crew_here()) as crew:
+        options = ConversionOptions(progress=progress_here(show=show_progress), overwrite=overwrite)
+        megatron, target = parse_location(str(megatron_path)), parse_location(str(hf_path))
+        # Before anything else: the conversion may be told of neither, or of a copy of them.
+        refuse_overlap(target, source.places(source_path))
+        with source.as_directory(source_path) as side:
+            # What the checkpoint keeps of its source says more: how weights were cut into files.
+            hf_model = None if source_path is None and _keeps(megatron, side) else side
             export_checkpoint(megatron, target, hf_model=hf_model, options=options, crew=crew)
 
 
@@ -100,21 +102,6 @@ def load(parts: list[Any], spec: ModelSpec, layout: ParallelLayout, path: str | 
             account_for(plan.mcore_shapes, source.tensors, where=str(path))
             load_megatron(parts, spec, layout, source)
         crew.gather(None)
-
-
-def groups_formed() -> dict[str, Any]:
-    """The provider's sizes as Megatron-Core's groups have them; empty where there are none."""
-    from megatron.core import parallel_state
-
-    if not parallel_state.is_initialized():
-        return {}
-    return {
-        "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
-        "virtual_pipeline_model_parallel_size": (
-            parallel_state.get_virtual_pipeline_model_parallel_world_size()
-        ),
-    }
 
 
 def hf_model_id_of(path: str | Path) -> str | None:

@@ -91,20 +91,26 @@ def form(layout: ParallelLayout, device: Device, *, seed: int | None, **options:
     platform.seed_everything(seed, device)
 
 
-def _refuse_other_groups(layout: ParallelLayout) -> None:
+def groups_formed() -> dict[str, int | None]:
+    """The provider's sizes as Megatron-Core's groups have them; empty where there are none."""
     from megatron.core import parallel_state
 
-    refuse_other_parallelism()
-    formed = {
+    if not parallel_state.is_initialized():
+        return {}
+    return {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "virtual_pipeline_model_parallel_size": (
             parallel_state.get_virtual_pipeline_model_parallel_world_size()
         ),
     }
+
+
+def _refuse_other_groups(layout: ParallelLayout) -> None:
+    refuse_other_parallelism()
     odd = [
         f"{name}: groups are formed for {size}, the provider says {getattr(layout, name)}"
-        for name, size in formed.items()
+        for name, size in groups_formed().items()
         if size != getattr(layout, name)
     ]
     if odd:

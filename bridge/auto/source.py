@@ -118,6 +118,15 @@ class HfPretrained:
             )
         return resolve_model(self.model_name_or_path, weights=weights, access=self.access)
 
+    def places(self, other: str | Path | None) -> list[Location]:
+        """What an output takes files from, which its target must not be or hold.
+
+        Args:
+            other: A further directory that it takes files from.
+        """
+        found = [] if self.model_name_or_path is None else [self.location(weights=False)]
+        return found if other is None else [*found, resolve_model(str(other), weights=False)]
+
     def files(self, extra: str | Path | None = None) -> HfFiles:
         """What a directory equal to the source holds, besides the tensors.
 

@@ -18,7 +18,6 @@ from bridge.crew.live import LiveCrew, together
 from bridge.dtypes import dtype_named
 from bridge.errors import InconsistentConfigError, UsageError
 from bridge.hf_config import CONFIG_NAME
-from bridge.hub import resolve_model
 from bridge.live_export import HFWeightTuple, export_hf, refuse_no_float
 from bridge.live_layout import bare_parts, layout_of, refuse_no_groups
 from bridge.live_parameters import load_hf
@@ -29,7 +28,7 @@ from bridge.parameters import hf_tensors
 from bridge.plan import account_for
 from bridge.progress import Progress, Silent
 from bridge.spec import ModelSpec, ParallelLayout
-from bridge.storage.remote import Location, is_url, parse_location
+from bridge.storage.remote import is_url, parse_location
 from bridge.storage.safetensors import SafetensorsSource
 from bridge.storage.target import refuse_overlap
 
@@ -151,7 +150,7 @@ def save_hf(
         refuse_no_float(weight_dtype)
         files = HfFiles(small={})
         if crew.rank == 0:
-            refuse_overlap(target, _places(source, extra))
+            refuse_overlap(target, source.places(extra))
             files = source.files(extra)
             held = weight_dtype or parts[0].config.params_dtype
             files = replace(files, small={} if only_weights else _with_dtype(files, source, held))
@@ -179,7 +178,7 @@ def save_megatron(
         _refuse_other_constants(parts, spec)
         files = HfFiles(small={})
         if crew.rank == 0:
-            refuse_overlap(target, _places(source, tokenizer))
+            refuse_overlap(target, source.places(tokenizer))
             files = source.files()
             if tokenizer is not None:
                 theirs = HfPretrained.of_checkpoint(
@@ -244,12 +243,6 @@ def _target(path: str | Path) -> Path:
             "or convert with import_ckpt or export_ckpt, which write to URLs",
         )
     return Path(str(parse_location(text)))
-
-
-def _places(source: HfPretrained, other: str | Path | None) -> list[Location]:
-    """What a save reads, which its target must not be or hold."""
-    found = [] if source.model_name_or_path is None else [source.location(weights=False)]
-    return found if other is None else [*found, resolve_model(str(other), weights=False)]
 
 
 def progress_here(*, show: bool) -> Progress:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed
 
-from bridge.crew.protocol import Brake, Value
+from bridge.crew.protocol import Brake, Crew, Value
 from bridge.errors import BridgeError, WorkerLostError
 from bridge.progress import Advance, Progress
+
+SomeCrew = TypeVar("SomeCrew", bound=Crew)
 
 
 class LiveCrew:
@@ -73,7 +75,7 @@ class LiveCrew:
 
 
 @contextmanager
-def together(crew: LiveCrew) -> Iterator[LiveCrew]:
+def together(crew: SomeCrew) -> Iterator[SomeCrew]:
     """Run a block on all ranks; where one fails, all raise its error."""
     try:
         yield crew

@@ -126,7 +126,9 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
     nowhere = more / "nowhere"
     note("no side files", partial(bridge.save_hf_pretrained, source_path=nowhere), model, out)
     note("no tokenizer", partial(bridge.save_megatron_model, hf_tokenizer_path=nowhere), model, out)
-    note("weights on some ranks", bridge.load_hf_weights, model, nowhere if last else hf)
+    here = nowhere if last else hf
+    note("import on some ranks", AutoBridge.import_ckpt, here, out)
+    note("weights on some ranks", bridge.load_hf_weights, model, here)
     note("no rank", partial(bridge.export_hf_weights, dst=2), model)
     note("integers", partial(bridge.export_hf_weights, weight_dtype=torch.int8), model)
     note("integers saved", partial(bridge.save_hf_weights, weight_dtype=torch.int8), model, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,35 @@ def test_an_export_is_the_source_or_has_what_the_bridge_has(
     with pytest.raises(ConfigError):
         wrong.export_ckpt(models["megatron"], tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
+
+
+@pytest.mark.parametrize(
+    ("hf", "target", "source_path"),
+    [
+        ("hf", "hf", None),
+        ("hf", ".", None),
+        ("hf", "hf/new", None),
+        ("hf", "hf", "side"),
+        ("hf", "side", "side"),
+        ("another", "another", None),
+    ],
+)
+def test_an_export_never_replaces_what_it_takes_files_from(
+    models: dict[str, Path], tmp_path: Path, hf: str, target: str, source_path: str | None
+) -> None:
+    """Even where the Megatron checkpoint keeps them all, or they are put together elsewhere."""
+    for name in ("hf", "another", "side"):
+        shutil.copytree(models["nano-4b"], tmp_path / name)
+    (tmp_path / "another" / "tokenizer.json").write_text('{"another": 1}')
+    before = bytes_tree(tmp_path)
+    with pytest.raises(UsageError, match="must not be one inside the other"):
+        AutoBridge.from_hf_pretrained(tmp_path / hf).export_ckpt(
+            models["megatron"],
+            tmp_path / target,
+            source_path=None if source_path is None else tmp_path / source_path,
+            overwrite=True,
+        )
+    assert bytes_tree(tmp_path) == before
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:

@@ -242,6 +242,7 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
         "over the tokenizer": "BR001",
         "no side files": "BR300",
         "no tokenizer": "BR300",
+        "import on some ranks": "BR300",
         "weights on some ranks": "BR300",
         "no rank": "BR001",
         "integers": "BR001",
