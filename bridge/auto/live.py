@@ -38,6 +38,8 @@ class LiveBridge(ModelBridge):
 
         Raises:
             UsageError: BR001, no weights to load, or mismatches to be allowed.
+            InconsistentConfigError: BR104, the checkpoint or the live model is of another model
+                than the bridge, or computes with other constants.
             AccountingError: BR301, the checkpoint's tensors are not the model's.
         """
         from bridge.auto.weights import load_hf_weights

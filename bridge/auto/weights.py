@@ -27,6 +27,7 @@ from bridge.live_save import save_megatron as save_megatron_checkpoint
 from bridge.parameters import hf_tensors
 from bridge.plan import account_for
 from bridge.progress import Progress, Silent
+from bridge.rotary import inv_freq
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.storage.remote import is_url, parse_location
 from bridge.storage.safetensors import SafetensorsSource
@@ -34,6 +35,8 @@ from bridge.storage.target import refuse_overlap
 
 _OF_THE_MODEL: Final = frozenset({CONFIG_NAME, "generation_config.json"})
 """Files that stay the model's when the tokenizer is another's."""
+_ROUNDING: Final = 8 * torch.finfo(torch.float32).eps
+"""By how much of itself the same frequency may differ between devices."""
 
 
 @contextmanager
@@ -55,7 +58,7 @@ def fill(parts: list[Any], spec: ModelSpec, layout: ParallelLayout, source: HfPr
     """Fill bare model parts, once every tensor is accounted for. All ranks call, or all fail.
 
     Raises:
-        InconsistentConfigError: BR104, the checkpoint is of another model.
+        InconsistentConfigError: BR104, checkpoint or live model are of another model.
         AccountingError: BR301, tensors missing, unexpected or of another shape.
     """
     with together(LiveCrew()) as crew:
@@ -74,6 +77,7 @@ def _fill(parts: list[Any], spec: ModelSpec, layout: ParallelLayout, source: HfP
     wrong = spec_differences(spec, source.spec(), names=("the bridge", source.where))
     if wrong:
         raise InconsistentConfigError("the weights are of another model", where=wrong)
+    _refuse_other_constants(parts, spec)
     location = source.location(weights=True)
     with SafetensorsSource(location, strict_index=False) as tensors:
         account_for(
@@ -206,7 +210,10 @@ def _with_dtype(files: HfFiles, source: HfPretrained, held: torch.dtype) -> dict
 
 
 def _refuse_other_constants(parts: list[Any], spec: ModelSpec) -> None:
-    """No tensor's shape tells these, and `config.json` would name others than the model ran with.
+    """No tensor's shape tells these: weights are right only where a model computes with them.
+
+    RoPE's frequencies are compared, in which base and scaling end up: Megatron's own module keeps
+    neither. It may have computed them on a GPU, which rounds powers in another way.
 
     Raises:
         InconsistentConfigError: BR104, the live model has others than the bridge.
@@ -224,11 +231,20 @@ def _refuse_other_constants(parts: list[Any], spec: ModelSpec) -> None:
         for name, value in wanted.items()
         if found[name] not in (None, value)
     ]
+    live = getattr(getattr(parts[0], "rotary_pos_emb", None), "inv_freq", None)
+    frequencies = inv_freq(spec.rope, spec.kv_channels)
+    if live is not None and not (
+        live.shape == frequencies.shape
+        and torch.allclose(live.detach().float().cpu(), frequencies, rtol=_ROUNDING, atol=0)
+    ):
+        wrong.append(
+            f"RoPE frequencies: not those of {spec.rope} live, which the bridge's configuration has"
+        )
     if wrong:
         raise InconsistentConfigError(
             "the live model computes with other constants than the bridge's model",
             where=wrong,
-            hint="save it with a bridge from the configuration that the model was built with",
+            hint="use a bridge from the configuration that the model was built with",
         )
 
 

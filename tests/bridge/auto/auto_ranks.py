@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -146,8 +148,23 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
         kept, config.layernorm_epsilon = config.layernorm_epsilon, 0.5
     note("other constants", bridge.save_hf_pretrained, model, out)
     note("other constants in megatron", bridge.save_megatron_model, model, out)
+    note("other constants to fill", bridge.load_hf_weights, model)
     if last:
         config.layernorm_epsilon = kept
+    raw = bridge.hf_pretrained.raw_config
+    scaling = raw["rope_scaling"] | {"factor": 2 * raw["rope_scaling"]["factor"]}
+    theirs = AutoBridge.from_hf_config({**raw, "rope_scaling": scaling})
+    note("other frequencies", theirs.save_hf_pretrained, model, out)
+    note("other frequencies in megatron", theirs.save_megatron_model, model, out)
+    scaled = out.parent / "scaled"
+    if not last:
+        shutil.copytree(hf, scaled)
+        (scaled / "config.json").write_text(json.dumps({**raw, "rope_scaling": scaling}))
+    torch.distributed.barrier()
+    note("other frequencies to fill", partial(theirs.load_hf_weights, hf_path=scaled), model)
+    torch.distributed.barrier()
+    if not last:
+        shutil.rmtree(scaled)
     half: dict[str, Any] = {"weight_dtype": torch.float16}
     note("overflow", lambda: list(bridge.export_hf_weights(model, **half)))
     note("overflow saved", partial(bridge.save_hf_weights, **half), model, out)

@@ -254,6 +254,10 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
         "no model on some ranks": "BR200",
         "other constants": "BR104",
         "other constants in megatron": "BR104",
+        "other constants to fill": "BR104",
+        "other frequencies": "BR104",
+        "other frequencies in megatron": "BR104",
+        "other frequencies to fill": "BR104",
         "overflow": "BR303",
         "overflow saved": "BR303",
         "adapter": "BR400",
@@ -262,6 +266,7 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
     }
     assert "mlp.down_proj.weight: 1" in first["overflow"]
     assert "lora" in first["adapter"]
+    assert "factor=" in first["other frequencies"]
     assert before == sorted(path.name for path in hf.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["more"]
 
