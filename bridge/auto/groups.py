@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from bridge import platform
+from bridge.crew.launch import under_torchrun
 from bridge.crew.live import LiveCrew
 from bridge.crew.protocol import Alone, Crew
-from bridge.errors import LayoutError
+from bridge.errors import LayoutError, UsageError
 from bridge.live_layout import refuse_other_parallelism
 from bridge.platform import Device
 from bridge.spec import ParallelLayout
@@ -32,13 +33,15 @@ def join(device: Device) -> None:
     """Be one of torch.distributed's ranks; nothing happens where this process is one already.
 
     Raises:
+        UsageError: BR001, an environment that torchrun does not make.
         EnvironmentMissingError: BR500, see `bridge.platform.prepare`.
     """
     if torch.distributed.is_initialized():
         platform.prepare(device)
         return
+    _refuse_odd_environment()
     environ = os.environ
-    if "RANK" in environ and "WORLD_SIZE" in environ:
+    if under_torchrun():
         platform.join(
             int(environ["RANK"]),
             int(environ["WORLD_SIZE"]),
@@ -47,10 +50,34 @@ def join(device: Device) -> None:
             local_rank=int(environ.get("LOCAL_RANK", environ["RANK"])),
             local_world_size=int(environ.get("LOCAL_WORLD_SIZE", environ["WORLD_SIZE"])),
         )
-    else:
+    else:  # one rank needs nobody to meet
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # torch does not list it
         platform.join(0, 1, store=store, device=device)
     atexit.register(_leave)
+
+
+def _refuse_odd_environment() -> None:
+    """Refuse variables that say no rank: each process would think itself alone.
+
+    Raises:
+        UsageError: BR001, all of them.
+    """
+    environ = os.environ
+    wrong = [
+        f"{name}={environ[name]}"
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not environ.get(name, "0").isdigit()
+    ]
+    if not wrong and under_torchrun():
+        rank, size = environ["RANK"], environ["WORLD_SIZE"]
+        wrong = [] if int(rank) < int(size) else [f"RANK={rank} of WORLD_SIZE={size}"]
+        wrong += [f"no {name}" for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environ]
+    if wrong:
+        raise UsageError(
+            "the environment is not that of one of torchrun's ranks",
+            where=wrong,
+            hint="start the script with torchrun, or unset RANK and WORLD_SIZE to run it alone",
+        )
 
 
 def _leave() -> None:
@@ -123,9 +150,14 @@ def _refuse_other_groups(layout: ParallelLayout) -> None:
 
 
 def crew_here() -> Crew:
-    """The ranks of this process's groups, or of torchrun; a crew of one where there are none."""
+    """The ranks of this process's groups, or of torchrun; a crew of one where there are none.
+
+    Raises:
+        UsageError: BR001, an environment that torchrun does not make.
+    """
     if not torch.distributed.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _refuse_odd_environment()
+        if not under_torchrun():
             return Alone()
         join(device_kind())
     return LiveCrew()
@@ -140,7 +172,8 @@ class _OnCpu:
     @staticmethod
     @wraps(torch.zeros)
     def zeros(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if kwargs.get("device") == "cuda":
+        # Never put back, for who runs a schedule does so later: so nothing changes beside a GPU.
+        if kwargs.get("device") == "cuda" and not torch.cuda.is_available():
             kwargs["device"] = "cpu"
         zeros: Callable[..., torch.Tensor] = torch.zeros
         return zeros(*args, **kwargs)

@@ -151,20 +151,7 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
     note("other constants to fill", bridge.load_hf_weights, model)
     if last:
         config.layernorm_epsilon = kept
-    raw = bridge.hf_pretrained.raw_config
-    scaling = raw["rope_scaling"] | {"factor": 2 * raw["rope_scaling"]["factor"]}
-    theirs = AutoBridge.from_hf_config({**raw, "rope_scaling": scaling})
-    note("other frequencies", theirs.save_hf_pretrained, model, out)
-    note("other frequencies in megatron", theirs.save_megatron_model, model, out)
-    scaled = out.parent / "scaled"
-    if not last:
-        shutil.copytree(hf, scaled)
-        (scaled / "config.json").write_text(json.dumps({**raw, "rope_scaling": scaling}))
-    torch.distributed.barrier()
-    note("other frequencies to fill", partial(theirs.load_hf_weights, hf_path=scaled), model)
-    torch.distributed.barrier()
-    if not last:
-        shutil.rmtree(scaled)
+    _note_other_frequencies(note, bridge, model, hf, out)
     half: dict[str, Any] = {"weight_dtype": torch.float16}
     note("overflow", lambda: list(bridge.export_hf_weights(model, **half)))
     note("overflow saved", partial(bridge.save_hf_weights, **half), model, out)
@@ -174,6 +161,27 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
     note("adapter saved", bridge.save_hf_pretrained, model, out / "adapter")
     note("adapter in megatron", bridge.save_megatron_model, model, out / "adapter-megatron")
     return found
+
+
+def _note_other_frequencies(
+    note: Callable[..., None], bridge: AutoBridge, model: list[Any], hf: Path, out: Path
+) -> None:
+    """What a bridge whose model has another RoPE factor says of this one."""
+    raw = bridge.hf_pretrained.raw_config
+    scaling = raw["rope_scaling"] | {"factor": 2 * raw["rope_scaling"]["factor"]}
+    theirs = AutoBridge.from_hf_config({**raw, "rope_scaling": scaling})
+    note("other frequencies", theirs.save_hf_pretrained, model, out)
+    note("other frequencies in megatron", theirs.save_megatron_model, model, out)
+    rank = torch.distributed.get_rank()
+    scaled = out.parent / "scaled"
+    if rank == 0:
+        shutil.copytree(hf, scaled)
+        (scaled / "config.json").write_text(json.dumps({**raw, "rope_scaling": scaling}))
+    torch.distributed.barrier()
+    note("other frequencies to fill", partial(theirs.load_hf_weights, hf_path=scaled), model)
+    torch.distributed.barrier()
+    if rank == 0:
+        shutil.rmtree(scaled)
 
 
 def schedule(_context: RankContext, hf: Path, settings: dict[str, Any]) -> bool | None:
