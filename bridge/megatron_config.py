@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from bridge.dtypes import dtype_named
-from bridge.errors import EnvironmentMissingError, InconsistentConfigError
+from bridge.errors import EnvironmentMissingError, InconsistentConfigError, UsageError
 from bridge.hf_blocks import read_blocks
 from bridge.hf_fields import Findings
 from bridge.spec import (
@@ -92,6 +92,9 @@ def transformer_config(
     Returns:
         A `TransformerConfig`, or a `HeterogeneousTransformerConfig` exactly when the model has
         heterogeneous block specs.
+
+    Raises:
+        UsageError: BR001, Megatron-Core refuses what `further` says.
     """
     import torch
     from megatron.core.transformer import TransformerConfig
@@ -146,11 +149,20 @@ def transformer_config(
 
         fields["attention_backend"] = AttnBackend[attention_backend]
     fields |= further or {}
-    if not spec.heterogeneous_block_specs:
-        return TransformerConfig(**fields)
-    return HeterogeneousTransformerConfig(
-        **fields, heterogeneous_layers_config_encoded_json=heterogeneous_layers_json(spec)
-    )
+    try:
+        if not spec.heterogeneous_block_specs:
+            return TransformerConfig(**fields)
+        return HeterogeneousTransformerConfig(
+            **fields, heterogeneous_layers_config_encoded_json=heterogeneous_layers_json(spec)
+        )
+    except (AssertionError, TypeError, ValueError) as error:
+        if not further:
+            raise  # a field of ours: our own bug
+        raise UsageError(
+            f"Megatron-Core refuses its configuration: {error}",
+            where=[f"{name}={value!r:.80}" for name, value in further.items()],
+            hint="one of these settings is handed on to it as it was given",
+        ) from error
 
 
 def model_wide_sizes(spec: ModelSpec) -> dict[str, int]:

@@ -98,6 +98,12 @@ class ModelBridge:
                 hint=f"it takes {', '.join(sorted(_HUB_OPTIONS | {'dtype', 'trust_remote_code'}))}",
             )
         wanted = [dtype_named(str(one)) for one in dtypes if one not in (None, "auto")]
+        if len(set(wanted)) > 1:
+            raise UsageError(
+                "torch_dtype and dtype are one argument and say different things",
+                where=[one.name for one in wanted],
+                hint="give one of them",
+            )
         odd = [f"dtype={one.name}" for one in wanted if not one.is_floating]
         if odd:
             raise UsageError(

@@ -59,8 +59,7 @@ class AutoBridge(LiveBridge):
 
         provider = self._provider(fill)
         for name, value in (groups_formed() | (mp_overrides or {})).items():
-            if value is not None:
-                setattr(provider, name, value)
+            setattr(provider, name, value)
         return provider.provide_distributed_model(**{"wrap_with_ddp": False, **kwargs})
 
     @classmethod
@@ -122,7 +121,7 @@ class AutoBridge(LiveBridge):
         Raises:
             TargetExistsError: BR304, the directory is there and not empty.
             UsageError: BR001, a directory that the bridge's own checkpoint or `source_path` is,
-                holds or lies in.
+                holds or lies in; or a dtype that was asked for and is not the source's.
             BridgeError: As `bridge.export_checkpoint`.
         """
         del strict

@@ -40,12 +40,11 @@ def import_(
     with together(crew_here()) as crew:
         bridge = find()
         source = bridge.hf_pretrained
-        if bridge.spec.params_dtype != source.spec().params_dtype:
-            raise UsageError(
-                f"an import changes no dtype, and {bridge.spec.params_dtype} is asked for",
-                where=f"{source.where}: {source.spec().params_dtype}",
-                hint="load the checkpoint at the dtype you want: a provider's params_dtype",
-            )
+        _refuse_another_dtype(
+            bridge,
+            "an import",
+            "load the checkpoint at the dtype you want: a provider's params_dtype",
+        )
         options = ConversionOptions(
             progress=progress_here(show=show_progress),
             overwrite=overwrite,
@@ -67,6 +66,10 @@ def export(
     """Convert back; see `AutoBridge.export_ckpt`."""
     source = bridge.hf_pretrained
     with together(crew_here()) as crew:
+        _refuse_another_dtype(
+            bridge, "an export", "leave it away: weights are written as the checkpoint has them; "
+            "`nemotron-bridge export --dtype` rounds",
+        )  # fmt: skip
         options = ConversionOptions(progress=progress_here(show=show_progress), overwrite=overwrite)
         megatron, target = parse_location(str(megatron_path)), parse_location(str(hf_path))
         # Before anything else: the conversion may be told of neither, or of a copy of them.
@@ -75,6 +78,16 @@ def export(
             # What the checkpoint keeps of its source says more: how weights were cut into files.
             hf_model = None if source_path is None and _keeps(megatron, side) else side
             export_checkpoint(megatron, target, hf_model=hf_model, options=options, crew=crew)
+
+
+def _refuse_another_dtype(bridge: ModelBridge, what: str, hint: str) -> None:
+    source = bridge.hf_pretrained
+    if bridge.spec.params_dtype != source.spec().params_dtype:
+        raise UsageError(
+            f"{what} changes no dtype, and {bridge.spec.params_dtype} is asked for",
+            where=f"{source.where}: {source.spec().params_dtype}",
+            hint=hint,
+        )
 
 
 def _keeps(megatron: Location, side: Location) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, get_args
 
 import torch
@@ -207,6 +207,7 @@ _COUNTS: Final = {
     "tensor_model_parallel_size": False,
     "pipeline_model_parallel_size": False,
     "make_vocab_size_divisible_by": False,
+    "seq_length": False,
     "virtual_pipeline_model_parallel_size": True,
     "num_layers_in_first_pipeline_stage": True,
     "num_layers_in_last_pipeline_stage": True,
@@ -233,6 +234,13 @@ def check_settings(provider: Any) -> None:
             wrong.append(f"{name}={value!r}: an integer{' or None' if optional else ''}")
         elif value < (0 if name.startswith("num_layers") else 1):
             wrong.append(f"{name}={value!r}: a positive integer")
+    stages = provider.num_layers_per_stage
+    if stages is not None and (
+        isinstance(stages, str)
+        or not isinstance(stages, Sequence)
+        or not all(isinstance(one, int) and not isinstance(one, bool) for one in stages)
+    ):
+        wrong.append(f"num_layers_per_stage={stages!r}: a list of integers or None")
     dtype = provider.params_dtype
     if not isinstance(dtype, torch.dtype) or not dtype_named(str(dtype)).is_floating:
         wrong.append(f"params_dtype={dtype!r}: a floating-point dtype of torch")

@@ -77,7 +77,8 @@ class LiveBridge(ModelBridge):
                 then empty, and has to be exhausted all the same.
 
         Raises:
-            UsageError: BR001, no such rank, or a dtype that holds no floating-point numbers.
+            UsageError: BR001, no such rank, what is no task, or a dtype that holds no
+                floating-point numbers.
             PlanError: BR400, the live model has parameters that are not the model's.
             DtypeMismatchError: BR303, finite elements would become infinite in `weight_dtype`.
         """
@@ -87,7 +88,7 @@ class LiveBridge(ModelBridge):
         refuse_stream(weight_dtype, dst)
         only = None
         if conversion_tasks is not None:
-            only = {task.global_param_name for task in conversion_tasks}
+            only = set(map(_parameter_of, conversion_tasks))
         return stream_hf_weights(
             model, self.spec,
             cpu=cpu, show_progress=show_progress, only=only, weight_dtype=weight_dtype, dst=dst,
@@ -221,6 +222,17 @@ class LiveBridge(ModelBridge):
             model, self.spec, path, self.hf_pretrained,
             tokenizer=hf_tokenizer_path, show_progress=show_progress, overwrite=overwrite,
         )  # fmt: skip
+
+
+def _parameter_of(task: ConversionTask) -> str:
+    name = getattr(task, "global_param_name", None)
+    if not isinstance(name, str):
+        raise UsageError(
+            f"not a conversion task: {task!r:.80}",
+            where="conversion_tasks",
+            hint="give some of those that get_conversion_tasks returns",
+        )
+    return name
 
 
 def _refuse_distributed(distributed_save: bool, save_every_n_ranks: int) -> None:

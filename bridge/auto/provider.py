@@ -201,7 +201,8 @@ class ModelProvider:
             vp_stage: Which of the rank's parts.
 
         Raises:
-            LayoutError: BR200, the layout says otherwise, or groups are not formed.
+            LayoutError: BR200, the layout says otherwise, has no such part, or groups are not
+                formed.
         """
         from megatron.core import parallel_state
 
@@ -212,6 +213,11 @@ class ModelProvider:
                 hint="call the provider's initialize_model_parallel first",
             )
         stages = layout.stages_of(parallel_state.get_pipeline_model_parallel_rank())
+        if vp_stage not in (None, *range(len(stages))):
+            raise LayoutError(
+                f"vp_stage={vp_stage} for layout {layout.name} of {len(stages)} parts per rank",
+                hint=f"give one from 0 to {len(stages) - 1}, or None for the first",
+            )
         stage = stages[vp_stage or 0]
         for name, asked in (("pre_process", pre_process), ("post_process", post_process)):
             if asked not in (None, getattr(stage, name)):

@@ -152,6 +152,11 @@ def save_hf(
         target = _target(path)
         _refuse_other_constants(parts, spec)
         refuse_no_float(weight_dtype)
+        if max_shard_size < 1:
+            raise UsageError(
+                f"max_shard_size={max_shard_size} holds no weights",
+                hint="give the bytes of a file, such as 5_000_000_000",
+            )
         files = HfFiles(small={})
         if crew.rank == 0:
             refuse_overlap(target, source.places(extra))
@@ -250,6 +255,10 @@ def _refuse_other_constants(parts: list[Any], spec: ModelSpec) -> None:
 
 def _target(path: str | Path) -> Path:
     """Where a live model is saved: ranks write it in place, so on a disk that they see."""
+    if not isinstance(path, str | Path) or not str(path):
+        raise UsageError(
+            f"{path!r} is no directory to save to", hint="give a path as str or pathlib.Path"
+        )
     text = str(path)
     if is_url(text) and not text.startswith("file://"):  # whatever its backend would say
         raise UsageError(

@@ -131,6 +131,10 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
     here = nowhere if last else hf
     note("import on some ranks", AutoBridge.import_ckpt, here, out)
     note("weights on some ranks", bridge.load_hf_weights, model, here)
+    note("no target", bridge.save_hf_pretrained, model, None)
+    note("no megatron target", bridge.save_megatron_model, model, None)
+    note("no size", partial(bridge.save_hf_weights, max_shard_size=0), model, out)
+    note("no task", partial(bridge.export_hf_weights, conversion_tasks=["x"]), model)
     note("no rank", partial(bridge.export_hf_weights, dst=2), model)
     note("integers", partial(bridge.export_hf_weights, weight_dtype=torch.int8), model)
     note("integers saved", partial(bridge.save_hf_weights, weight_dtype=torch.int8), model, out)
@@ -327,7 +331,12 @@ def built(_context: RankContext, hf: Path) -> dict[str, Any]:
     refused: dict[str, Callable[[], Any]] = {
         "other groups": lambda: bridge.to_megatron_model(wrap_with_ddp=False),
         "post_process": lambda: halves.provide(post_process=False),
+        "vp_stage": lambda: halves.provide(vp_stage=3),
+        "handed on": lambda: odd.provide_distributed_model(wrap_with_ddp=False),
     }
+    odd = bridge.to_megatron_provider(load_weights=False)
+    odd.tensor_model_parallel_size = 2
+    odd.recompute_granularity = "foo"
     for what, function in refused.items():
         try:
             function()

@@ -149,6 +149,10 @@ def test_arguments_of_from_hf_pretrained_are_honoured_or_refused(models: dict[st
     )
     assert found.to_megatron_provider().params_dtype == torch.float16
     assert AutoBridge.from_hf_pretrained(hf, dtype="auto").spec.params_dtype == "bfloat16"
+    with pytest.raises(UsageError, match="say different things"):
+        AutoBridge.from_hf_pretrained(hf, dtype="float32", torch_dtype=torch.float16)
+    with pytest.raises(UsageError, match="tensor_model_parallel_size=None: an integer"):
+        found.load_megatron_model(hf, mp_overrides={"tensor_model_parallel_size": None})
     with pytest.raises(UsageError, match="would ignore these arguments") as caught:
         AutoBridge.from_hf_pretrained(hf, quantization_config={}, subfolder="x")
     assert caught.value.where == ("quantization_config", "subfolder")
@@ -287,6 +291,11 @@ def test_an_import_changes_no_dtype(models: dict[str, Path], tmp_path: Path) -> 
     with pytest.raises(UsageError, match="an import changes no dtype") as caught:
         AutoBridge.import_ckpt(models["nano-4b"], tmp_path / "out", torch_dtype=torch.float32)
     assert "params_dtype" in str(caught.value.hint)
+    assert list(tmp_path.iterdir()) == []
+    other = AutoBridge.from_hf_pretrained(models["nano-4b"], dtype="float32")
+    with pytest.raises(UsageError, match="an export changes no dtype") as caught:
+        other.export_ckpt(models["megatron"], tmp_path / "hf")
+    assert "--dtype" in str(caught.value.hint)
     assert list(tmp_path.iterdir()) == []
     AutoBridge.import_ckpt(models["nano-4b"], tmp_path / "out", torch_dtype=torch.bfloat16)
     assert bytes_tree(tmp_path / "out") == bytes_tree(models["megatron"])

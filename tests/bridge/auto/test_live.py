@@ -244,6 +244,10 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
         "no tokenizer": "BR300",
         "import on some ranks": "BR300",
         "weights on some ranks": "BR300",
+        "no target": "BR001",
+        "no megatron target": "BR001",
+        "no size": "BR001",
+        "no task": "BR001",
         "no rank": "BR001",
         "integers": "BR001",
         "integers saved": "BR001",
@@ -291,6 +295,8 @@ def test_what_is_set_is_what_is_built(pool: RankPool, checkpoints: dict[str, Pat
     assert found["halves"] == ["Float16Module", "GPTModel"]
     assert "groups are formed for 2, the provider says 1" in found["other groups"]
     assert "post_process=False for a stage" in found["post_process"]
+    assert "vp_stage=3 for layout tp2-pp1 of 1 parts" in found["vp_stage"]
+    assert "recompute_granularity='foo'" in found["handed on"]
     assert found["provided"] == "GPTModel"
     assert {name: one for name, one in other.items() if name != "std"} == {
         name: one for name, one in found.items() if name != "std"
