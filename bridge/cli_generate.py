@@ -46,7 +46,7 @@ def generate(
         ),
     ] = None,
     megatron_path: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--megatron-path",
             help="A Megatron checkpoint to run. One that was imported has kept its tokenizer.",
@@ -132,7 +132,8 @@ def generate(
         given = given_prompts(prompt or (), prompts)
         if system is not None and not chat and any(one.messages is None for one in given):
             raise UsageError("--system is for chats", hint="give --chat too")
-        model = find_model(hf_model, megatron_path, revision=revision, carry=carry or ())
+        megatron = None if megatron_path is None else _path(megatron_path)
+        model = find_model(hf_model, megatron, revision=revision, carry=carry or ())
         layout = plan_layout(
             model.spec,
             tensor_model_parallel_size=tp,
@@ -158,6 +159,20 @@ def generate(
         run(request, launch, progress=RichProgress(), on_step=page.on_step)
     finally:
         page.close()
+
+
+def _path(text: str) -> Path:
+    """A path of this machine, perhaps written as a `file://` URL: ranks read nothing else."""
+    from bridge.storage.remote import is_url, parse_location
+
+    location = parse_location(text) if text.startswith("file://") or not is_url(text) else None
+    if not isinstance(location, Path):
+        raise UsageError(
+            "a Megatron checkpoint behind a URL cannot be run",
+            where=text,
+            hint="copy it to this machine; only --hf-model may be a URL",
+        )
+    return location
 
 
 class _Page:

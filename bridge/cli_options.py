@@ -62,8 +62,8 @@ MemoryBudget = Annotated[
     str,
     typer.Option(
         "--memory-budget",
-        help="Memory for buffers, such as 512MiB: of all --workers together, of each rank under "
-        "torchrun.",
+        help="Memory for buffers that move and compare bits, such as 512MiB: of all --workers "
+        "together, of each rank under torchrun.",
     ),
 ]
 Workers = Annotated[
@@ -93,9 +93,9 @@ Verify = Annotated[
     typer.Option(
         "--verify",
         help="bits: read the target back and compare every bit. auto: then also compute with one "
-        "block of each kind, the smallest first, as far as half a minute of work goes; what is "
-        "left out is said. full: after the bits, run `verify`, placement and logits over real "
-        "ranks included.",
+        "block of each kind, the smallest first, as far as half a minute of work and about 5 GiB "
+        "of memory go; what is left out is said. full: after the bits, run `verify`, placement and "
+        "logits over real ranks included.",
     ),
 ]
 TrustRemoteCode = Annotated[

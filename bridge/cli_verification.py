@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import typer
 
+from bridge.console import gib
 from bridge.errors import EnvironmentMissingError, UsageError
 from bridge.render import print_report
 from bridge.storage.remote import Location
@@ -100,6 +101,8 @@ def finish(
         Exit: With the command's exit code, where that finds a difference, or crashes.
         EnvironmentMissingError: BR500, `--verify full` without the harness.
     """
+    from bridge.conversion import peak_rss
+
     document = report.to_dict()
     if not json_:
         print_report(document, json_=False)
@@ -108,11 +111,15 @@ def finish(
         rounded = (report.rounding or {}).get("changed", 0)
         found = block_verification(hf, megatron, carry=carry or (), num_rounded=rounded)
         document["block_parity"] = found.to_dict()
+        # The conversion's workers have ended before it: no sum, but whichever was more.
+        document["peak_rss"] = max(report.peak_rss, peak_rss())
     if json_:
         print_report(document, json_=True)
     elif found is not None:
         for line in found.lines():
             typer.echo(line)
+        if found.status != "not run":
+            typer.echo(f"peak memory with block parity {gib(document['peak_rss'])}")
     if found is not None and found.status in {"failed", "error"}:
         raise typer.Exit(1 if found.status == "failed" else 3)
     _verify_fully(

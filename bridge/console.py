@@ -7,8 +7,8 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Final
+from contextlib import contextmanager, suppress
+from typing import Any, Final, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from bridge.errors import UsageError
+from bridge.errors import EnvironmentMissingError, UsageError
 
 _UNITS: Final = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -67,6 +67,71 @@ def stdout(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = 200
     return console
+
+
+class Results:
+    """Stdout while a command runs: what it does not take is an error, and told as one.
+
+    A pipe whose reader has gone is none: typer ends the command then, without a word.
+
+    Args:
+        stdout: Where results go.
+    """
+
+    def __init__(self, stdout: TextIO) -> None:
+        self._stdout = stdout
+        self._error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever else a stream has
+        return getattr(self._stdout, name)
+
+    def write(self, text: str) -> int:
+        """Write, as any stream does.
+
+        Raises:
+            EnvironmentMissingError: BR500, it cannot be written, now or before.
+        """
+        with self._told():
+            return self._stdout.write(text)
+
+    def flush(self) -> None:
+        """Flush, as any stream does; errors are those of `write`."""
+        with self._told():
+            self._stdout.flush()
+
+    def end(self) -> None:
+        """See that all of it has been taken; errors are those of `write`.
+
+        Raises:
+            SystemExit: The reader has gone, and it is too late for typer to end the command.
+        """
+        try:
+            self.flush()
+        except BrokenPipeError:
+            self._give_up()
+            raise SystemExit(1) from None
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            if self._error is not None:  # the stream is closed by now
+                raise self._error
+            yield
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self._error = error
+            self._give_up()
+            raise EnvironmentMissingError(
+                f"results cannot be written: {error.strerror}",
+                where="stdout",
+                hint="make room or let them go elsewhere, and run the command again",
+            ) from None
+
+    def _give_up(self) -> None:
+        """Otherwise the interpreter tries once more as it ends, and says so."""
+        with suppress(OSError):
+            self._stdout.close()
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

@@ -63,7 +63,7 @@ class ConversionReport:
     """What a conversion did. Sizes in bytes, times in seconds.
 
     `peak_rss` is the sum of the peaks of all `workers`, which is an upper bound of what they held
-    at any one time.
+    at any one time. What `--verify` adds to the comparison of bits comes after it.
     """
 
     direction: Literal["hf_to_mcore", "mcore_to_hf"]
@@ -131,7 +131,7 @@ class ConversionJob:
             new.write_files(
                 mine, rounded or source, tilings, limits=self.options.limits, advance=advance
             )
-            self.peak_rss = sum(self.crew.gather(_peak_rss()))
+            self.peak_rss = sum(self.crew.gather(peak_rss()))
         self.convert_seconds = time.perf_counter() - started
         if rounded is not None:
             for share in self.crew.gather(rounded.losses):
@@ -160,7 +160,7 @@ class ConversionJob:
         mine = {name: tilings[name] for name in share_of(self.crew, list(tilings), sizes)}
         with self.crew.phase(self.options.progress, "verify", sum(sizes)) as advance:
             found = compare(hf, megatron, mine, limits=self.options.limits, advance=advance)
-            shares = self.crew.gather((found, _peak_rss()))
+            shares = self.crew.gather((found, peak_rss()))
         self.verify_seconds = time.perf_counter() - started
         self.peak_rss = sum(peak for _, peak in shares)
         by_name = {digest.name: digest for share, _ in shares for digest in share}
@@ -238,7 +238,8 @@ class ConversionJob:
         )
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
+    """The most memory that this process has had so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

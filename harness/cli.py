@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
 import typer
 
@@ -26,7 +26,8 @@ from bridge.cli_options import (
     Revision,
     TrustRemoteCode,
 )
-from bridge.errors import BridgeError, LayoutError, UsageError
+from bridge.console import Results
+from bridge.errors import BridgeError, EnvironmentMissingError, LayoutError, UsageError
 from harness import (
     cli_bench,
     cli_blocks,
@@ -281,6 +282,26 @@ def _run() -> None:
             app()
 
 
+def _run_heard() -> None:
+    """Run the command, and see that its results have gone where stdout goes.
+
+    Raises:
+        EnvironmentMissingError: BR500, they have not.
+    """
+    if sys.stdout is None:  # then the next file to be opened would be what libraries print to
+        raise EnvironmentMissingError(
+            "stdout is closed, and results would be lost", hint="`>/dev/null` discards them"
+        )
+    results = Results(sys.stdout)
+    with contextlib.redirect_stdout(cast("TextIO", results)):
+        try:
+            _run()
+        except SystemExit:
+            results.end()
+            raise
+        results.end()
+
+
 def main() -> None:
     """Run the command line; the entry point.
 
@@ -290,7 +311,7 @@ def main() -> None:
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
     try:
-        _run()
+        _run_heard()
     except BridgeError as error:
         sys.stderr.write(f"{error}\n")
         for note in getattr(error, "__notes__", ()):

@@ -8,19 +8,23 @@ needs a mask or positions of its own, and each gives what it gives alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Final, Literal
 
 import torch
 
-from bridge.errors import UsageError
+from bridge.errors import LayoutError, UsageError
 from bridge.forward import current_device
 from bridge.generation.decoder import Decoder
 from bridge.generation.sampling import GREEDY, Sampling, choose
+from bridge.live_layout import bare_parts, layout_of
 from bridge.spec import ModelSpec, ParallelLayout
 
 DEFAULT_BATCH_SIZE: Final = 8
+_TO_LISTS: Final = "token ids are ints; `tolist()` makes lists of a tensor's"
 
 FinishReason = Literal["stop", "length"]
 """A token that ends the text was chosen, or there are as many as were asked for."""
@@ -70,7 +74,9 @@ def generate(
     """Continue prompts. Every rank of the layout makes the same call, and gets the same result.
 
     Args:
-        model_parts: What `bridge.model.build_model` gave this rank, weights loaded.
+        model_parts: What `bridge.model.build_model` or `AutoBridge` gave this rank, weights
+            loaded, in the wrappers of mixed precision and data parallelism or bare. In training
+            mode they leave it for the time of the call.
         spec: The model.
         layout: How it is cut, without sequence parallelism.
         prompts: Token ids.
@@ -87,26 +93,61 @@ def generate(
     Raises:
         UsageError: BR001, see `check_prompts`; or a batch of nothing.
         InconsistentConfigError: BR104, token ids outside the vocabulary; NaN or infinite logits.
-        LayoutError: BR200, sequence parallelism.
+        LayoutError: BR200, sequence parallelism, or parts that are cut otherwise than `layout`.
     """
     check_prompts(prompts, spec, max_new_tokens=max_new_tokens)
     if batch_size < 1:
         raise UsageError(f"a batch of {batch_size} sequences", hint="give 1 or more")
+    parts = bare_parts(model_parts)
+    _refuse_another_cut(layout_of(parts, spec), layout)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     found: dict[int, Continuation] = {}
-    for start in range(0, len(order), batch_size):
-        rows = [
-            _Row(index, tuple(prompts[index]), sampling.generator(index))
-            for index in order[start : start + batch_size]
-        ]
-        decoder = Decoder(
-            model_parts, spec, layout, batch_size=len(rows),
-            # Nothing is computed behind the last token.
-            max_sequence_length=max(len(row.prompt) for row in rows) + max_new_tokens - 1,
-        )  # fmt: skip
-        _decode(decoder, rows, layout, max_new_tokens, sampling, stop_token_ids, on_step)
-        found |= {row.index: row.continuation() for row in rows}
+    with _evaluating(parts):
+        for start in range(0, len(order), batch_size):
+            rows = [
+                _Row(index, tuple(prompts[index]), sampling.generator(index))
+                for index in order[start : start + batch_size]
+            ]
+            decoder = Decoder(
+                parts, spec, layout, batch_size=len(rows),
+                # Nothing is computed behind the last token.
+                max_sequence_length=max(len(row.prompt) for row in rows) + max_new_tokens - 1,
+            )  # fmt: skip
+            _decode(decoder, rows, layout, max_new_tokens, sampling, stop_token_ids, on_step)
+            found |= {row.index: row.continuation() for row in rows}
     return [found[index] for index in range(len(prompts))]
+
+
+def _refuse_another_cut(found: ParallelLayout, layout: ParallelLayout) -> None:
+    """How a vocabulary is padded is no question of where its rows are."""
+    names = (
+        "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_stage",
+        "sequence_parallel",
+    )  # fmt: skip
+    wrong = [
+        f"{name}: {getattr(found, name)}, the layout has {getattr(layout, name)}"
+        for name in names
+        if getattr(found, name) != getattr(layout, name)
+    ]
+    if wrong:
+        raise LayoutError(
+            f"the model is cut as {found.name}, not as the layout {layout.name} says",
+            where=wrong,
+            hint="give the layout that the model was built for, on all of its ranks",
+        )
+
+
+@contextmanager
+def _evaluating(parts: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Megatron has a cache in evaluation mode only; afterwards each module has its own again."""
+    training = [module for part in parts for module in part.modules() if module.training]
+    try:
+        for part in parts:
+            part.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def check_prompts(
@@ -125,21 +166,29 @@ def check_prompts(
         names: What to call the prompts in an error; by default they are counted from 1.
 
     Raises:
-        UsageError: BR001, no new tokens, an empty prompt, ids outside the vocabulary, or more
-            tokens than the model has positions.
+        UsageError: BR001, no new tokens, prompts that are no token ids, an empty one, ids outside
+            the vocabulary, or more tokens than the model has positions.
     """
+    if not isinstance(prompts, Sequence):
+        raise UsageError(
+            f"prompts are lists of token ids, and this is a {type(prompts).__name__}",
+            hint=_TO_LISTS,
+        )
     if max_new_tokens < 1:
         raise UsageError(f"{max_new_tokens} new tokens are none", hint="ask for 1 or more")
     limit = spec.max_position_embeddings
-    wrong, too_long = [], False
+    wrong, hint = [], None
     names = names or [f"prompt {number}" for number in range(1, len(prompts) + 1)]
     for name, prompt in zip(names, prompts, strict=True):
-        if not prompt:
+        if not _are_token_ids(prompt):
+            hint = hint or _TO_LISTS
+            wrong.append(f"{name} is no list of token ids")
+        elif not prompt:
             wrong.append(f"{name} is empty")
         elif not 0 <= min(prompt) <= max(prompt) < spec.vocab_size:
             wrong.append(f"{name} has tokens outside [0, {spec.vocab_size})")
         elif len(prompt) + max_new_tokens > limit:
-            too_long = True
+            hint = "shorten the prompt or ask for fewer new tokens"
             wrong.append(
                 f"{name}: {len(prompt)} tokens and {max_new_tokens} new ones are more "
                 f"than max_position_embeddings={limit}"
@@ -148,8 +197,14 @@ def check_prompts(
         raise UsageError(
             f"{len(wrong)} of {len(prompts)} prompts cannot be continued",
             where=wrong,
-            hint="shorten the prompt or ask for fewer new tokens" if too_long else None,
+            hint=hint,
         )
+
+
+def _are_token_ids(prompt: object) -> bool:
+    return isinstance(prompt, Sequence) and all(
+        isinstance(one, Integral) and not isinstance(one, bool) for one in prompt
+    )
 
 
 @dataclass(slots=True)

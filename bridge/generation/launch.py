@@ -38,6 +38,10 @@ _LOADING: Final = "loading"
 _DYING: Final = 1.0
 """Seconds for the pipe of a rank that has died to close, before others complain of its silence."""
 _STORE_PREFIX: Final = "nemotron_bridge/generate"
+_SMALLER: Final = "lower --batch-size or --max-new-tokens"
+_SPREAD: Final = "spread the model over more machines"
+_CPU_ALLOCATOR: Final = "DefaultCPUAllocator"
+"""What torch names when a CPU has no memory: of its error for GPUs there is no such kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,7 @@ def run(
 
     Raises:
         WorkerLostError: BR501, a rank has died.
-        EnvironmentMissingError: BR500, no GPU, or none with enough memory.
+        EnvironmentMissingError: BR500, no GPU, or too little memory, a GPU's or this machine's.
         BridgeError: Whatever a rank refuses.
     """
     if request.device == "cuda" and request.params_dtype == "float32":
@@ -180,8 +184,7 @@ def _lost(rank: int, size: int, pid: int | None, how: str, *, killed: bool) -> W
     return WorkerLostError(
         f"{_called(rank, size)} {how}",
         where=f"process {pid}",
-        hint="if nobody killed it, memory ran out: lower --batch-size or --max-new-tokens, or "
-        "spread the model over more machines"
+        hint=f"if nobody killed it, memory ran out: {_SMALLER}, or {_SPREAD}"
         if killed
         else "what is above may say why it ended",
     )
@@ -268,7 +271,15 @@ def _compute_loudly(
         raise EnvironmentMissingError(
             f"rank {place.rank}'s GPU has too little memory for the model and its cache",
             where=str(error).partition("\n")[0],
-            hint="lower --batch-size or --max-new-tokens, or use more GPUs: --tp, --pp",
+            hint=f"{_SMALLER}, or use more GPUs: --tp, --pp",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and _CPU_ALLOCATOR not in str(error):
+            raise
+        raise EnvironmentMissingError(
+            f"rank {place.rank} has too little memory for the model and its cache",
+            where=str(error).partition("\n")[0].partition(_CPU_ALLOCATOR)[2].lstrip(": "),
+            hint=f"{_SMALLER}, or {_SPREAD}",
         ) from error
     finally:
         platform.finalize()

@@ -74,13 +74,19 @@ def find_model(
         carry: Unknown fields of the configuration to let through.
 
     Raises:
-        UsageError: BR001, neither is given, or a configuration without weights.
+        UsageError: BR001, neither is given, a configuration without weights, or a revision of
+            what is here.
         ConfigError: BR1xx, a configuration that the bridge cannot honour, or of another model.
         CheckpointError: BR3xx, no such checkpoint, or its tensors are not those of the model.
     """
     found = None
     if hf_model is not None:
         found = resolve_here(hf_model, weights=megatron_path is None, revision=revision)
+    elif revision is not None:
+        raise UsageError(
+            "--revision is for models on the Hub, and none is named",
+            hint="give --hf-model with its id, or leave --revision away",
+        )
     if megatron_path is not None:
         with MegatronSource(megatron_path) as megatron:
             spec, described = described_model(megatron, found, carry=carry)

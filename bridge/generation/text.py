@@ -22,6 +22,8 @@ _REMEDY: Final = (
     "pass --hf-model with a directory that has tokenizer.json; or give token ids in a .jsonl file "
     'for --prompts: {"token_ids": [...]}'
 )
+_OWN_CODE: Final = "trust_remote_code"
+"""What transformers asks for where a tokenizer is code of the checkpoint's."""
 _END: Final = "eos_token_id"
 _BYTE: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token of one byte, as tokenizers have them that fall back to bytes for unknown characters."""
@@ -39,7 +41,8 @@ class Tokenizer:
         directory: Of the model: a Hugging Face checkpoint, or what an import kept of one.
 
     Raises:
-        CheckpointError: BR300, none is there, or transformers cannot load it.
+        CheckpointError: BR300, none is there, transformers cannot load it, it needs code of its
+            own, or it has no words.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -58,11 +61,24 @@ class Tokenizer:
                 directory, local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # the errors of tokenizers are bare Exceptions
+            if _OWN_CODE in str(error):
+                raise CheckpointError(
+                    "the tokenizer needs Python code of the checkpoint's own, which is never run",
+                    where=str(directory),
+                    hint=_REMEDY,
+                ) from error
             raise CheckpointError(
                 f"transformers cannot load the tokenizer: {type(error).__name__}: {error}",
                 where=str(directory),
                 hint="the tokenizer's files must be those of the model; copy them again",
             ) from error
+        # transformers makes one of a class's name alone, which takes no text for anything.
+        if len(self._tokenizer) <= len(self._tokenizer.all_special_tokens):
+            raise CheckpointError(
+                "the tokenizer has no words, only what begins and ends a text",
+                where=str(directory),
+                hint="its model file is missing: copy tokenizer.json or tokenizer.model there",
+            )
 
     @classmethod
     def of(cls, directory: Path | None) -> Tokenizer:

@@ -250,6 +250,12 @@ def _read_index(directory: Location) -> Mapping[str, object] | None:
         weight_map = index["weight_map"]
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise CheckpointError(
+            "a configuration alone has no weights",
+            where=str(directory),
+            hint="give the checkpoint's directory, its weights are needed too",
+        ) from None
     except OSError as error:
         raise CheckpointError(f"cannot read the index: {error.strerror}", where=str(path)) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:

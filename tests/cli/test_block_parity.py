@@ -55,7 +55,7 @@ def test_both_directions_compute_with_the_pair_they_have_made(
     megatron, back = tmp_path / "megatron", tmp_path / "back"
     imported = run("import", "--hf-model", hf, "--megatron-path", megatron)
     assert imported.code == 0
-    assert imported.out.splitlines()[-3:] == [
+    assert imported.out.splitlines()[-4:-1] == [
         "block parity passed: 2 kinds of blocks (0,2), 7 parameters; 0.9 <= 1.8",
         "left out: block 5, linear + no-op",
         "  nemotron-bridge verify ...",
@@ -65,6 +65,28 @@ def test_both_directions_compute_with_the_pair_they_have_made(
     assert found["verified"] is True
     assert found["block_parity"]["left_out"] == {"5": "linear + no-op"}
     assert proof.asked == [(hf, megatron), (back, megatron)]
+
+
+def test_the_peak_of_memory_is_that_of_all_that_was_done(
+    run: Run, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof takes more than the conversion, whose own peak has been printed before it."""
+    peaks = [1 << 30]
+
+    def proof(*_: object, **__: object) -> BlockParity:
+        peaks.append(50 << 30)
+        return outcome("passed")
+
+    monkeypatch.setattr("bridge.conversion.peak_rss", lambda: peaks[-1])
+    monkeypatch.setattr("bridge.cli_verification.block_verification", proof)
+    imported = run("import", "--hf-model", hf, "--megatron-path", tmp_path / "m")
+    *rest, last = imported.out.splitlines()
+    assert last == "peak memory with block parity 50.00 GiB"
+    assert "50.00 GiB" not in "".join(rest)
+    peaks.append(1 << 30)
+    exported = run("export", "--megatron-path", tmp_path / "m", "--hf-path", tmp_path / "b",
+                   "--json")  # fmt: skip
+    assert json.loads(exported.out)["peak_rss"] == 50 << 30
 
 
 @pytest.mark.parametrize("verify", ["bits", "none"])

@@ -198,6 +198,11 @@ def test_torchruns_processes_are_the_ranks(megatron: Path, expected: dict[str, l
         (["--prompt", "w1", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         (["--prompts", "/nowhere/prompts.txt"], "BR001 cannot read the prompts"),
         (["--prompt", "w1", "--megatron-path", "/nowhere"], "/nowhere"),
+        (["--prompt", "w1", "--megatron-path", "file:///nowhere"], "/nowhere"),
+        (
+            ["--prompt", "w1", "--megatron-path", "s3://x/y"],
+            "BR001 a Megatron checkpoint behind a URL cannot be run\n  --> s3://x/y",
+        ),
         (["--prompt", "w1", "--layers", "te"], "BR500 Transformer Engine layers need"),
     ],
 )
@@ -231,6 +236,15 @@ def test_a_model_that_cannot_speak_is_refused(run: Run, tmp_path: Path) -> None:
     assert run("generate", *ask).err.startswith("BR001 no model")
     found = run("generate", "--hf-model", path / "config.json", *ask)
     assert found.err.startswith("BR001 a configuration alone")
+
+
+def test_a_revision_is_of_a_model_on_the_hub(run: Run, hf: Path, megatron: Path) -> None:
+    """Where none is named, nobody would look for it."""
+    ask = ("generate", "--prompt", "w1", "--revision", "main", "--megatron-path", megatron)
+    for flags, said in (((), "and none is named"), (("--hf-model", hf), "and this one is here")):
+        found = run(*ask, *flags)
+        assert (found.code, found.out) == (2, "")
+        assert found.err.startswith(f"BR001 --revision is for models on the Hub, {said}")
 
 
 def test_the_python_of_the_documentation_runs(

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from bridge import AutoBridge
+from bridge.convert import read_spec
 from bridge.crew.local import LocalHand
+from bridge.errors import LayoutError
 from bridge.generation import launch
-from bridge.generation.decoding import Continuation, Step, generate
+from bridge.generation.decoding import Continuation, OnStep, Step, generate
 from bridge.generation.sampling import Sampling
+from bridge.live_layout import bare_parts, layout_of
+from bridge.pipeline import parse_layout
 from harness.live import ModelRequest, model
 from harness.ranks import RankContext
 
@@ -34,6 +42,62 @@ def continuations(
         batch_size=batch_size, on_step=steps.append,
     )  # fmt: skip
     return found, steps
+
+
+def in_training(
+    _context: RankContext,
+    hf: Path,
+    pp: int,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+) -> tuple[list[Continuation], list[Continuation], list[list[bool]]]:
+    """Of a model as `AutoBridge` gives it and of its bare parts; each module's mode three times.
+
+    That is before, after, and after an error. A module that somebody has frozen is not in training.
+    """
+    bridge = AutoBridge.from_hf_pretrained(hf)
+    provider = bridge.to_megatron_provider()
+    provider.pipeline_model_parallel_size = pp
+    provider.finalize()
+    wrapped = provider.provide_distributed_model(wrap_with_ddp=False)
+    parts, spec = bare_parts(wrapped), read_spec(hf)
+    assert type(wrapped[0]) is not type(parts[0])
+    layout = layout_of(parts, spec)
+    parts[0].decoder.layers[0].eval()
+    modes = []
+
+    def note_modes() -> None:
+        modes.append([one.training for part in wrapped for one in part.modules()])
+
+    def fail(_step: Step) -> None:
+        raise ArithmeticError
+
+    def spoken(model: list[Any], on_step: OnStep | None = None) -> list[Continuation]:
+        return generate(
+            model, spec, layout, prompts, max_new_tokens=max_new_tokens, on_step=on_step
+        )
+
+    note_modes()
+    found = spoken(wrapped)
+    note_modes()
+    with suppress(ArithmeticError):
+        spoken(wrapped, fail)
+    note_modes()
+    for part in wrapped:
+        part.eval()
+    return found, spoken(parts), modes
+
+
+def under_another_layout(context: RankContext, request: ModelRequest, layout: str) -> str:
+    """What is said to a layout that the model is not cut by."""
+    try:
+        generate(
+            model(context, request), request.spec, parse_layout(layout, request.spec), [[1]],
+            max_new_tokens=1,
+        )  # fmt: skip
+    except LayoutError as error:
+        return str(error)
+    return ""
 
 
 def cached_and_whole(

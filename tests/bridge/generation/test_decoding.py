@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from bridge.convert import read_spec
@@ -17,7 +18,7 @@ from bridge.errors import InconsistentConfigError, LayoutError, UsageError
 from bridge.generation.decoder import Decoder
 from bridge.generation.decoding import Continuation, Step, check_prompts, generate
 from bridge.generation.sampling import GREEDY, Sampling
-from bridge.pipeline import parse_layout
+from bridge.pipeline import parse_layout, plan_layout
 from harness.launcher import RankPool
 from harness.live import ModelRequest
 from harness.toys import toy_named, write_checkpoint
@@ -205,6 +206,49 @@ def test_a_decoder_takes_no_tokens_that_it_has_no_place_for(
     (said,) = pool.run(request.layout, ranks.refusals, request)
     assert [bool(one) for one in said] == [True, True, False, True, False, True]
     assert said[3] == "2 x 2 tokens for a cache of 2 x 4 that holds 3 of each sequence"
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_a_model_in_training_speaks_as_it_came_from_auto_bridge(
+    pool: RankPool, tmp_path: Path, pp: int
+) -> None:
+    """Inside the wrapper of bfloat16, its modes as they were, after an error too."""
+    write_checkpoint(toy_named("51b"), tmp_path / "hf", dtype="bfloat16")
+    layout = plan_layout(read_spec(tmp_path / "hf"), pipeline_model_parallel_size=pp)
+    for wrapped, bare, modes in pool.run(
+        layout, ranks.in_training, tmp_path / "hf", pp, PROMPTS, NUM_TOKENS
+    ):
+        assert wrapped == bare
+        assert modes[0].count(True) > 10
+        assert modes[0].count(False) > 1
+        assert modes[0] == modes[1] == modes[2]
+
+
+def test_a_layout_that_is_not_the_model_s_is_refused(pool: RankPool, request_of: Request) -> None:
+    """One rank of two alone would give another text."""
+    request = request_of("nano-4b", "tp1-pp1")
+    (said,) = pool.run(request.layout, ranks.under_another_layout, request, "tp2-pp1")
+    assert said.startswith("BR200 the model is cut as tp1-pp1, not as the layout tp2-pp1 says")
+    assert "--> tensor_model_parallel_size: 1, the layout has 2" in said
+
+
+def test_what_is_no_list_of_token_ids_is_refused(request_of: Request) -> None:
+    """A tensor, floats, truths, a flat list and a text."""
+    import torch
+
+    spec = request_of("nano-4b", "tp1-pp1").spec
+    numpys: Any = [[np.int64(3)], (4, 5)]
+    check_prompts(numpys, spec, max_new_tokens=1)
+    whole: Any = torch.tensor([[1, 2]])
+    with pytest.raises(UsageError, match="lists of token ids, and this is a Tensor") as caught:
+        check_prompts(whole, spec, max_new_tokens=1)
+    assert caught.value.hint == "token ids are ints; `tolist()` makes lists of a tensor's"
+    odd: Any = [[1], [1.0], whole[0], [True], 3, "w3", [whole[0, 0]]]
+    with pytest.raises(UsageError) as caught:
+        check_prompts(odd, spec, max_new_tokens=1)
+    assert caught.value.where == tuple(
+        f"prompt {number} is no list of token ids" for number in range(2, 8)
+    )
 
 
 def test_sequence_parallelism_and_too_many_positions_are_refused(

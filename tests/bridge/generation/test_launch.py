@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from bridge.crew.launch import Launch
-from bridge.errors import LayoutError, WorkerLostError
+from bridge.errors import EnvironmentMissingError, LayoutError, WorkerLostError
 from bridge.generation import launch
 from bridge.generation.decoding import Step
 from bridge.generation.launch import Request, check_world, run
@@ -96,6 +96,28 @@ def test_ctrl_c_ends_the_ranks(
     with pytest.raises(KeyboardInterrupt):
         run(request_of("tp2-pp1"), HERE, progress=Silent(), on_step=interrupt)
     assert steps == [Step(tokens=((0, 7),), finished=())] * 3
+
+
+def test_too_little_memory_of_this_machine_is_no_crash(
+    request_of: Callable[[str], Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU's is a plain RuntimeError; whatever else goes wrong keeps its own."""
+    import torch
+
+    def beyond_the_address_space(*_: object, **__: object) -> None:
+        torch.empty(1 << 50, dtype=torch.uint8)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(launch, "generate", beyond_the_address_space)
+    with pytest.raises(EnvironmentMissingError, match="rank 0 has too little memory") as caught:
+        run(request_of("tp1-pp1"), HERE, progress=Silent(), on_step=print)
+    assert caught.value.where[0].startswith("can't allocate memory: you tried to allocate 11258999")
+    assert "lower --batch-size or --max-new-tokens" in (caught.value.hint or "")
+    monkeypatch.setattr(launch, "generate", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(request_of("tp1-pp1"), HERE, progress=Silent(), on_step=print)
 
 
 def test_torchruns_ranks_must_be_those_of_the_layout(

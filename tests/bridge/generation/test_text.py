@@ -165,6 +165,28 @@ def test_a_directory_without_a_tokenizer_is_said_to_have_none(tmp_path: Path) ->
         assert "--hf-model" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"tokenizer_class": "LlamaTokenizer"}, "no words, only what begins and ends"),
+        ({"tokenizer_class": "GPT2Tokenizer"}, "no words, only what begins and ends"),
+        (
+            {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}},
+            "needs Python code of the checkpoint's own",
+        ),
+    ],
+)
+def test_settings_alone_are_no_tokenizer(
+    tmp_path: Path, settings: dict[str, object], said: str
+) -> None:
+    """A class that transformers has, without its model file; and one that nobody runs here."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=said) as caught:
+        Tokenizer(tmp_path)
+    assert "trust_remote_code" not in str(caught.value)
+    assert "tokenizer.json" in (caught.value.hint or "")
+
+
 @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}', "[]"])
 def test_a_damaged_tokenizer_is_an_error_of_its_directory(tmp_path: Path, content: str) -> None:
     """No traceback: the libraries raise whatever they like."""

@@ -552,3 +552,11 @@ def test_symbolic_links_are_followed(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").symlink_to("../blobs/0123abcd")
     with SafetensorsSource(snapshot) as source:
         assert whole(source, "a").tolist() == [0, 1, 2, 3]
+
+
+def test_a_configuration_alone_has_no_weights(tmp_path: Path) -> None:
+    """Commands take it for a model; whoever wants tensors says so."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="a configuration alone has no weights") as caught:
+        SafetensorsSource(tmp_path / "config.json")
+    assert caught.value.where == (str(tmp_path / "config.json"),)
