@@ -198,7 +198,7 @@ def test_torchruns_processes_are_the_ranks(megatron: Path, expected: dict[str, l
         (["--prompt", "w1", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
         (["--prompts", "/nowhere/prompts.txt"], "BR001 cannot read the prompts"),
         (["--prompt", "w1", "--megatron-path", "/nowhere"], "/nowhere"),
-        (["--prompt", "w1", "--megatron-path", "file:///nowhere"], "/nowhere"),
+        (["--prompt", "w1", "--megatron-path", "file:///nowhere"], "--> /nowhere\n"),
         (
             ["--prompt", "w1", "--megatron-path", "s3://x/y"],
             "BR001 a Megatron checkpoint behind a URL cannot be run\n  --> s3://x/y",
