@@ -253,7 +253,7 @@ def _refuse_other_constants(parts: list[Any], spec: ModelSpec) -> None:
         )
 
 
-def _target(path: str | Path) -> Path:
+def _target(path: object) -> Path:
     """Where a live model is saved: ranks write it in place, so on a disk that they see."""
     if not isinstance(path, str | Path) or not str(path):
         raise UsageError(

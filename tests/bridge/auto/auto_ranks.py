@@ -134,7 +134,8 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
     note("no target", bridge.save_hf_pretrained, model, None)
     note("no megatron target", bridge.save_megatron_model, model, None)
     note("no size", partial(bridge.save_hf_weights, max_shard_size=0), model, out)
-    note("no task", partial(bridge.export_hf_weights, conversion_tasks=["x"]), model)
+    no_task: Any = ["x"]
+    note("no task", partial(bridge.export_hf_weights, conversion_tasks=no_task), model)
     note("no rank", partial(bridge.export_hf_weights, dst=2), model)
     note("integers", partial(bridge.export_hf_weights, weight_dtype=torch.int8), model)
     note("integers saved", partial(bridge.save_hf_weights, weight_dtype=torch.int8), model, out)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+
 import pytest
 import torch
 
+from bridge import platform
 from bridge.auto import groups
 from bridge.crew.protocol import Alone
 from bridge.errors import UsageError
@@ -26,8 +29,8 @@ def test_one_rank_is_a_group_of_one(environment: pytest.MonkeyPatch, variables: 
     for one in variables.split():
         environment.setenv(*one.split("="))
     joined: list[tuple[int, int]] = []
-    environment.setattr(groups.platform, "join", lambda *ranks, **_: joined.append(ranks))
-    environment.setattr(groups.atexit, "register", lambda _: None)
+    environment.setattr(platform, "join", lambda *ranks, **_: joined.append(ranks))
+    environment.setattr(atexit, "register", lambda _: None)
     assert isinstance(groups.crew_here(), Alone)
     groups.join("cpu")
     assert joined == [(0, 1)]
