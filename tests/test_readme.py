@@ -85,6 +85,14 @@ def test_every_command_is_in_the_table_and_exists() -> None:
     assert set(get_command(harness.cli.app).commands) == listed  # type: ignore[attr-defined]  # a group
 
 
+def test_as_many_faults_are_killed_as_there_are() -> None:
+    """The catalogue grows, and the table of what was run with it."""
+    from harness.faults import CATALOGUE
+
+    (killed, known) = re.findall(r"(\d+) of (\d+) faults killed", README)[0]
+    assert int(killed) == int(known) == len(CATALOGUE)
+
+
 def test_the_tree_names_what_is_there() -> None:
     """Each path in the tree exists."""
     folder = ROOT

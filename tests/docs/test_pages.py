@@ -1,7 +1,8 @@
 """The documentation tells the truth: its commands run as they are printed.
 
 Blocks marked `bash` are run, page by page, each page in a directory of its own; blocks marked `sh`
-need a real checkpoint, a GPU or a cluster, and so do scripts, which `tests/test_clusters.py` reads.
+need a real checkpoint, a GPU or a cluster, and so do scripts: `test_commands.py` parses them, and
+`tests/test_clusters.py` reads those of its page.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import bridge
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +55,13 @@ def test_the_commands_of_a_page_run(page: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    """The page on Python has what `from bridge import ...` has, each once, and no other of it."""
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\.\. auto\w+:: bridge\.(\w+)$", page, flags=re.MULTILINE)
+    assert sorted(named) == sorted(bridge.__all__)
 
 
 def test_every_page_is_reached() -> None:
