@@ -51,7 +51,7 @@ def refuse_foreign(directory: Path, *, resume: bool) -> None:
         resume: A run is to be gone on with.
 
     Raises:
-        UsageError: BR001, a bundle is there, or files of something else.
+        UsageError: BR001, a bundle is there, a run to go on with, or files of something else.
         ResumeError: HN102, there is no run to go on with.
     """
     if (directory / SUMS_NAME).exists():
@@ -61,6 +61,12 @@ def refuse_foreign(directory: Path, *, resume: bool) -> None:
             hint="give --report another directory; `qualify --check` looks at what is there",
         )
     if (directory / JOURNAL_NAME).is_file():
+        if not resume:
+            raise UsageError(
+                "an unfinished run is there, which would be started over",
+                where=str(directory / JOURNAL_NAME),
+                hint="go on with it by --resume, or give --report another directory",
+            )
         return
     if _holds_something(directory):
         raise UsageError(
