@@ -147,7 +147,7 @@ def qualified(cases: Data, scope: Scope, origin: Origin, matrix: Data) -> dict[s
         {
             **cases,
             "qualification": {
-                "architecture": _architecture(scope),
+                "architecture": architecture_name(scope),
                 "scope": scope.as_data(),
                 "origin": origin.as_data(),
                 "faults": fault_counts(matrix),
@@ -186,5 +186,6 @@ def sums(directory: Path) -> str:
     return "".join(f"{sha256_of(directory / name)}  {name}\n" for name in files_of(directory))
 
 
-def _architecture(scope: Scope) -> str:
+def architecture_name(scope: Scope) -> str:
+    """What the configuration calls its model, which the twin has kept."""
     return str(scope.twin_config["architectures"][0])
