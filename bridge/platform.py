@@ -69,6 +69,18 @@ def prepare(device: Device = "cpu") -> torch.device:
     return torch.device("cpu")
 
 
+def refuse_missing_gpu(device: str) -> None:
+    """See that there is a GPU where one is asked for, before any work.
+
+    Raises:
+        EnvironmentMissingError: BR500, there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentMissingError(
+            "there is no GPU that torch can use", where="--device cuda", hint="use --device cpu"
+        )
+
+
 def forbid_tf32() -> None:
     """Let float32 products on GPUs be float32's, Transformer Engine's and cuBLAS's own included.
 

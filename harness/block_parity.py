@@ -142,12 +142,13 @@ def prove_blocks(
     ):
         bench.prepare(cases)
         results = run_cases(cases, bench).results
-    worst = _worst(results)
+    worst, status = _worst(results), _status(results)
+    looked = blocks if status != "not run" else []
     return BlockParity(
-        status=_status(results),
-        blocks=blocks,
+        status=status,
+        blocks=looked,
         left_out=left,
-        num_parameters=sum(block_num_parameters(spec, layer_idx) for layer_idx in blocks),
+        num_parameters=sum(block_num_parameters(spec, layer_idx) for layer_idx in looked),
         summary=_said(worst),
         places=worst.finding.places if worst.finding is not None else (),
         command=command,

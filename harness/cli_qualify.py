@@ -107,6 +107,7 @@ def qualify(
         return
     if list_only and resume:
         raise UsageError("--list runs nothing that --resume could go on with")
+    from bridge.platform import refuse_missing_gpu
     from harness.conditions import scratch
     from harness.qualify.bundle import refuse_foreign, refuse_other_config
     from harness.qualify.job import Request, job_of, look
@@ -123,6 +124,8 @@ def qualify(
             ),
             directory,
         )  # fmt: skip
+        if not list_only:
+            refuse_missing_gpu(device)
         work = look(job, memory_budget=memory_budget, workdir=workdir)
         if list_only:
             _list(job.scope, json_=json_)

@@ -16,6 +16,8 @@ from bridge.spec import ModelSpec
 from harness.ranks import Hook, RankContext
 
 CodeChange = Callable[[], contextlib.AbstractContextManager[None]]
+Dimension = Literal["tp", "pp", "sp"]
+"""What a layout can have: TP or PP above 1, sequence parallelism."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +30,8 @@ class Fault:
             reference or launch.
         stands_for: The real bug it stands for, one sentence.
         applies: Whether a model has what it spoils; None for any model.
+        needs: What a layout must have one of for it to change anything; empty for nothing: it shows
+            on one rank.
         local_only: It comes in where only Megatron-Core's own layers pass.
         only_recorded: All is right in itself, and other than what is on record: nothing can tell
             but the goldens of known models.
@@ -45,6 +49,7 @@ class Fault:
     family: str = ""
     stands_for: str = ""
     applies: Callable[[ModelSpec], bool] | None = None
+    needs: tuple[Dimension, ...] = ()
     local_only: bool = False
     only_recorded: bool = False
     spec: Callable[[ModelSpec], ModelSpec] | None = None

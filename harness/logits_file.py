@@ -14,12 +14,11 @@ from bridge.agreement import described_model
 from bridge.console import RichProgress
 from bridge.errors import (
     CheckpointError,
-    EnvironmentMissingError,
     InconsistentConfigError,
 )
 from bridge.hf_config import load_hf_config
 from bridge.pipeline import plan_layout
-from bridge.platform import describe, forbid_tf32
+from bridge.platform import describe, forbid_tf32, refuse_missing_gpu
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
 from bridge.storage.safetensors import SafetensorsSource
@@ -166,13 +165,8 @@ def compute_hf(
     """
     spec = account_for_hf(hf, carry=carry)
     tokens = tokens_for(given, spec)
+    refuse_missing_gpu(device)
     if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise EnvironmentMissingError(
-                "there is no GPU that torch can use", where="--device cuda", hint="use --device cpu"
-            )
         forbid_tf32()
     model = load_hf_model(hf, dtype=dtype, trust_remote_code=trust_remote_code, carry=carry)
     logits = hf_logits(model.to(device), tokens.input_ids, tokens.position_ids)

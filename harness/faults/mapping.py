@@ -279,7 +279,7 @@ FAULTS: Final = (
              applies=traits.has_attention, code=Reshaped(_PROJ, left_out)),
     _layout(name="fc1-sharded-whole",
             stands_for="TP ranks that get rows of the stacked fc1: rank 0 all gate, rank 1 all up",
-            applies=traits.has_swiglu, code=Reshaped(_FC1, whole_shards)),
+            needs=("tp",), applies=traits.has_swiglu, code=Reshaped(_FC1, whole_shards)),
     _layout(name="qkv-sharded-by-kind", stands_for="TP shards cut from q, k and v one by one",
-            applies=traits.has_groups, code=Reshaped(_QKV, shards_of_each)),
+            needs=("tp",), applies=traits.has_groups, code=Reshaped(_QKV, shards_of_each)),
 )  # fmt: skip

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import UsageError
+from bridge.spec import ModelSpec, ParallelLayout
 from harness.bench import BASE_LAYOUT, Bench, Subject
 from harness.checks import CHECKS
 from harness.errors import WorkerFailedError
 from harness.faults import CATALOGUE, applicable, fault_named
 from harness.faults.units import Matrix, Unit
-from harness.hooks import Fault, seams_of
-from harness.layouts import fits
+from harness.hooks import Dimension, Fault, seams_of
+from harness.layouts import fits, resolve_layout
 from harness.runner import Result, in_running_order, run_case
 from harness.suite import ON_CPU, Case, Compute
 from harness.workers import over_benches
@@ -33,7 +34,11 @@ DEFAULT_TOYS: Final = ("51b", "super-49b-v1_5", "tied")
 ENOUGH: Final = 2
 """Killers after which a unit may end."""
 _MAIN: Final = "tp2-pp2-vp2"
-_SMALLER: Final = ("tp2-pp2", "tp1-pp2-vp2", "tp2-pp1", "tp1-pp2", "tp1-pp1")
+_STAND_INS: Final[Mapping[str, Sequence[str]]] = {
+    _MAIN: ("tp2-pp2", "tp1-pp2-vp2", "tp2-pp1", "tp1-pp2", "tp1-pp1"),
+    "tp2-pp1": ("tp1-pp2", "tp1-pp1"),
+}
+"""What a check looks in where a model cannot be cut as it is to be; best first."""
 MATRIX_CASES: Final[Sequence[tuple[str, str | None, str | None]]] = (
     ("config", None, None),
     ("round_trip", "tp1-pp1", None),
@@ -59,22 +64,51 @@ MATRIX_CASES: Final[Sequence[tuple[str, str | None, str | None]]] = (
 def cases_for(
     toy: str, bench: Bench, checks: Sequence[str], *, compute: Compute = ON_CPU
 ) -> list[Case]:
-    """The matrix's cases that a toy can be cut into; a smaller layout stands in for the main one.
+    """The matrix's cases that a toy can be cut into; see `cases_of`."""
+    spec = bench.spec(compute.case("config", toy))
+    return [
+        compute.case(check, toy, layout=layout, probe=probe)
+        for check, layout, probe in cases_of(spec)
+        if check in checks
+    ]
+
+
+def cases_of(spec: ModelSpec) -> list[tuple[str, str | None, str | None]]:
+    """`MATRIX_CASES` for a model: a smaller layout stands in for one that it cannot be cut into.
 
     A model of three layers, or of an odd number of heads, has no part in some dimension of it.
     """
     found = []
     for check, layout, probe in MATRIX_CASES:
-        if check not in checks:
-            continue
-        for name in (_MAIN, *_SMALLER) if layout == _MAIN else (layout,):
+        for name in (layout, *_STAND_INS.get(layout or "", ())):
             if (check, name) == ("layouts", BASE_LAYOUT):
                 continue  # against itself
-            case = compute.case(check, toy, layout=name, probe=probe)
-            if name is None or fits(name, bench.spec(case)):
-                found.append(case)
+            if name is None or fits(name, spec):
+                found.append((check, name, probe))
                 break
     return list(dict.fromkeys(found))
+
+
+def shows(fault: Fault, spec: ModelSpec) -> bool:
+    """Whether a fault has something to spoil on a model, in a layout that a check sees it in."""
+    if not applicable(fault, spec):
+        return False
+    seams = seams_of(fault)
+    return not fault.needs or any(
+        dimensions_of(resolve_layout(layout, spec)) & set(fault.needs)
+        for check, layout, _ in cases_of(spec)
+        if layout is not None and CHECKS[check].sees & seams
+    )
+
+
+def dimensions_of(layout: ParallelLayout) -> set[Dimension]:
+    """What a layout has of what a fault can need."""
+    found: dict[Dimension, bool] = {
+        "tp": layout.tensor_model_parallel_size > 1,
+        "pp": layout.pipeline_model_parallel_size > 1,
+        "sp": layout.sequence_parallel,
+    }
+    return {name for name, is_there in found.items() if is_there}
 
 
 def results_under(
@@ -267,12 +301,12 @@ def run_matrix(
 
 
 def applies(name: str, toy: str, subjects: Mapping[str, Subject] | None = None) -> bool:
-    """Whether a fault has something to spoil on a toy, or on a model that is given."""
+    """Whether a fault shows (see `shows`) on a toy, or on a model that is given."""
     from bridge.convert import read_spec
     from bridge.hf_config import spec_from_hf_config
     from harness.toys import toy_named
 
     given = (subjects or {}).get(toy)
     if given is not None and given.hf is not None:
-        return applicable(fault_named(name), read_spec(given.hf))
-    return applicable(fault_named(name), spec_from_hf_config(toy_named(toy).config))
+        return shows(fault_named(name), read_spec(given.hf))
+    return shows(fault_named(name), spec_from_hf_config(toy_named(toy).config))

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Final
 
 from harness.faults import traits
+from harness.faults.arithmetic import another_epsilon
 from harness.faults.seams import Replaced
 from harness.hooks import Fault
 
@@ -42,10 +43,10 @@ def rounded_frequencies(model: Any) -> None:  # noqa: ANN401 - as above
 
 
 def other_epsilon(model: Any) -> None:  # noqa: ANN401 - as above
-    """The norms' default epsilon, or another where it is that one."""
+    """The norms' epsilon is another."""
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
-            module.variance_epsilon = 1e-5 if module.variance_epsilon == 1e-6 else 1e-6
+            module.variance_epsilon = another_epsilon(module.variance_epsilon)
 
 
 def gelu(model: Any) -> None:  # noqa: ANN401 - as above
@@ -86,7 +87,7 @@ def skipped_block(model: Any) -> None:  # noqa: ANN401 - as above
 
 def config_epsilon(config: Config) -> Config:
     """The oracle reads another epsilon."""
-    return config | {"rms_norm_eps": 1e-3 if config["rms_norm_eps"] == 1e-4 else 1e-4}
+    return config | {"rms_norm_eps": another_epsilon(config["rms_norm_eps"])}
 
 
 def config_factor(config: Config) -> Config:

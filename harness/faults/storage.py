@@ -227,7 +227,7 @@ FAULTS: Final = (
     _storage(name="file-lost", stands_for="a shard that was not copied",
              checkpoint=partial(lose, _DISTCP)),
     _storage(name="files-exchanged", stands_for="two ranks' files under each other's names",
-             checkpoint=partial(exchange, _DISTCP)),
+             needs=("tp", "pp"), checkpoint=partial(exchange, _DISTCP)),
     _storage(name="tracker-stale", stands_for="a tracker of a deleted iteration",
              checkpoint=stale_tracker),
     _storage(name="extra-state-dropped", stands_for="a writer that stores tensors alone",

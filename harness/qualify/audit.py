@@ -2,8 +2,9 @@
 
 What follows from something else is made again: the twin and the cases from the configuration, the
 kill matrix from its units, verdicts from values and shipped limits, counts from cases, reports and
-card from the evidence. What follows from nothing, a measured value, is held by `SHA256SUMS` alone,
-and whoever wrote the sums anew can have written such a value; file them where they cannot.
+card from the evidence. What follows from nothing is held by the sums: a measured value, a digest of
+weights and a time by the journals too; command, machine, versions and memory by `SHA256SUMS` alone.
+Whoever wrote all of these anew can have written such a value; file the sums where they cannot.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from bridge.drawing.architecture import architecture
 from bridge.errors import BridgeError
-from bridge.hf_config import load_hf_config
+from bridge.hf_config import load_hf_config, spec_from_hf_config
 from harness.checks import CHECKS
 from harness.errors import EvidenceError
 from harness.faults import CATALOGUE
 from harness.hooks import seams_of
-from harness.qualify.bundle import CONFIG_NAME, SUMS_NAME, files_of, texts
+from harness.qualify.bundle import CONFIG_NAME, SUMS_NAME, architecture_name, files_of, texts
 from harness.qualify.journals import journal_problems
 from harness.qualify.origin import origin_problems
 from harness.qualify.scope import Choices, Scope, scope_of
@@ -204,6 +206,16 @@ def _derived_problems(directory: Path, data: Data, matrix: Data, scope: Scope) -
     elif inputs[scope.choices.name]["config_sha256"] != sha256_of(directory / CONFIG_NAME):
         yield f"inputs: the run was of another {CONFIG_NAME}"
     yield from _input_problems(inputs.get(scope.choices.name, {}), scope)
+    pictures = {
+        scope.choices.name: scope.spec,
+        scope.twin.toy.name: spec_from_hf_config(scope.twin_config),
+    }
+    for name, spec in pictures.items():
+        drawn = strict(architecture(spec, None, name="").as_data())
+        if inputs.get(name, {}).get("architecture") != drawn:
+            yield f"inputs: the picture of {name} is another model's"
+    if data["qualification"]["architecture"] != architecture_name(scope):
+        yield f"qualification.architecture: not what follows from {CONFIG_NAME}"
     for name, text in texts(data, scope.twin_config, matrix).items():
         try:
             same = (directory / name).read_text("utf-8") == text

@@ -51,7 +51,7 @@ def refuse_foreign(directory: Path, *, resume: bool) -> None:
         resume: A run is to be gone on with.
 
     Raises:
-        UsageError: BR001, a bundle is there, or files of something else.
+        UsageError: BR001, a bundle is there, a run to go on with, or files of something else.
         ResumeError: HN102, there is no run to go on with.
     """
     if (directory / SUMS_NAME).exists():
@@ -61,6 +61,12 @@ def refuse_foreign(directory: Path, *, resume: bool) -> None:
             hint="give --report another directory; `qualify --check` looks at what is there",
         )
     if (directory / JOURNAL_NAME).is_file():
+        if not resume:
+            raise UsageError(
+                "an unfinished run is there, which would be started over",
+                where=str(directory / JOURNAL_NAME),
+                hint="go on with it by --resume, or give --report another directory",
+            )
         return
     if _holds_something(directory):
         raise UsageError(
@@ -141,7 +147,7 @@ def qualified(cases: Data, scope: Scope, origin: Origin, matrix: Data) -> dict[s
         {
             **cases,
             "qualification": {
-                "architecture": _architecture(scope),
+                "architecture": architecture_name(scope),
                 "scope": scope.as_data(),
                 "origin": origin.as_data(),
                 "faults": fault_counts(matrix),
@@ -180,5 +186,6 @@ def sums(directory: Path) -> str:
     return "".join(f"{sha256_of(directory / name)}  {name}\n" for name in files_of(directory))
 
 
-def _architecture(scope: Scope) -> str:
+def architecture_name(scope: Scope) -> str:
+    """What the configuration calls its model, which the twin has kept."""
     return str(scope.twin_config["architectures"][0])

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from harness.faults.journal import FILE_NAME as FAULTS_NAME
+from harness.report.digests import digest_of
 from harness.report.journal import FILE_NAME as CASES_NAME
 
 Data = Mapping[str, Any]
-_OF_A_CASE: Final = ("status", "summary", "value", "limit", "details")
+_OF_A_CASE: Final = (
+    "status", "summary", "seconds", "value", "limit", "unit", "places", "details", "traceback",
+)  # fmt: skip
 
 
 def journal_problems(directory: Path, data: Data, matrix: Data) -> Iterator[str]:
@@ -31,6 +34,7 @@ def journal_problems(directory: Path, data: Data, matrix: Data) -> Iterator[str]
         if records and records[0]["identity"]["code"] != data["code_sha256"]:
             yield f"{name}: of other code than the evidence"
     if cases:
+        yield from _header_problems(cases[0], data)
         ended = {one["result"]["id"]: one["result"] for one in cases[1:]}
         for case in data["cases"]:
             noted = ended.get(case["id"], {})
@@ -41,6 +45,18 @@ def journal_problems(directory: Path, data: Data, matrix: Data) -> Iterator[str]
         for unit in matrix["units"]:
             if tried.get(unit["fault"]) != unit:
                 yield f"{FAULTS_NAME}: {unit['fault']} did not end as the kill matrix says"
+
+
+def _header_problems(header: Data, data: Data) -> Iterator[str]:
+    """When the run began, its limits and its inputs, as they were when it began."""
+    identity = header["identity"]
+    if header["started"] != data["started"]:
+        yield f"{CASES_NAME}: begun at another time than the evidence says"
+    if identity["thresholds"] != digest_of(data["thresholds"]):
+        yield f"{CASES_NAME}: of other limits than the evidence"
+    for name in sorted(identity["inputs"].keys() | data["inputs"].keys()):
+        if identity["inputs"].get(name) != data["inputs"].get(name):
+            yield f"{CASES_NAME}: {name} is not the input that the evidence names"
 
 
 def _records(path: Path) -> list[Any]:

@@ -16,7 +16,8 @@ from bridge.hf_config import LLAMA, spec_from_hf_config
 from bridge.parameters import block_num_parameters, num_parameters
 from bridge.plan import Plan
 from bridge.spec import ModelSpec
-from harness.faults import CATALOGUE, applicable
+from harness.faults import CATALOGUE
+from harness.faults.matrix import shows
 from harness.layouts import runs
 from harness.oracle import NotUnderstoodError, read_config
 from harness.qualify.traits import traits_of
@@ -82,8 +83,8 @@ class Scope:
         blocks: Walked at real dimensions; None for all of them.
         cases: Of the model and of the twin.
         faults: That are tried on the twin.
-        nothing_to_spoil: Faults that a model of these traits cannot have, or that only records of
-            known models can tell.
+        nothing_to_spoil: Faults that a model of these traits cannot have, that need more of a
+            layout than it can be cut into, or that only records of known models can tell.
     """
 
     choices: Choices
@@ -155,9 +156,7 @@ def scope_of(config: Mapping[str, Any], choices: Choices, *, where: str) -> Scop
     layouts = tuple(name for name in LAYOUTS if runs(small, name))
     real = (*WALKED_CHECKS, *((ROUND_TRIP,) if choices.weights == "checkpoint" else ()))
     possible = [
-        name
-        for name, fault in CATALOGUE.items()
-        if applicable(fault, small) and not fault.only_recorded
+        name for name, fault in CATALOGUE.items() if shows(fault, small) and not fault.only_recorded
     ]
     return Scope(
         choices=choices,

@@ -156,6 +156,8 @@ def segments_of(
 
 
 def _mib(nbytes: float) -> str:
+    if nbytes < 1 << 10:
+        return f"{math.ceil(nbytes)}B"
     unit, name = (1 << 20, "MiB") if nbytes > 8 << 20 else (1 << 10, "KiB")
     return f"{math.ceil(nbytes / unit)}{name}"
 

@@ -94,6 +94,7 @@ def test_a_configuration_that_the_reference_does_not_take_is_not_run(tmp_path: P
     assert found.status == "not run"
     assert "transformers does not take this configuration" in found.summary
     assert "eos_token_id" in found.summary
+    assert (list(found.blocks), found.num_parameters) == ([], 0)  # none was looked at
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +12,7 @@ from bridge.hf_config import spec_from_hf_config
 from bridge.spec import BlockSpec, GroupedQueryAttention, ModelSpec, RopeSpec, SwiGLU
 from harness.errors import SuiteError
 from harness.faults import CATALOGUE, applicable, fault_named
-from harness.faults.matrix import DEFAULT_TOYS
+from harness.faults.matrix import DEFAULT_TOYS, shows
 from harness.hooks import SEAMS, seams_of
 from harness.toys import TOYS
 
@@ -49,8 +50,21 @@ def test_a_fault_says_what_it_stands_for_and_travels(name: str) -> None:
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_a_fault_has_a_toy_to_spoil(name: str) -> None:
-    """At least one toy of the matrix has what it spoils."""
-    assert any(applicable(CATALOGUE[name], spec_of(toy)) for toy in DEFAULT_TOYS)
+    """At least one toy of the matrix has what it spoils, and can be cut as it needs."""
+    assert any(shows(CATALOGUE[name], spec_of(toy)) for toy in DEFAULT_TOYS)
+
+
+@pytest.mark.parametrize("own", [1e-12, 1e-6, 3e-6, 9e-6, 1e-5, 9.9e-5, 1e-4, 1.1e-4, 1e-3])
+def test_another_epsilon_is_far_from_any_that_a_model_can_have(own: float) -> None:
+    """Of the reference and of the oracle alike: what is near the model's own is not seen."""
+    norm = SimpleNamespace(variance_epsilon=own)
+    model = SimpleNamespace(modules=lambda: [norm])
+    reference, oracle = CATALOGUE["reference-epsilon"].reference, CATALOGUE["oracle-epsilon"].oracle
+    assert reference is not None
+    assert oracle is not None
+    reference(model)
+    for found in (norm.variance_epsilon, oracle({"rms_norm_eps": own})["rms_norm_eps"]):
+        assert abs(found - own) > 5e-5
 
 
 def test_most_faults_have_three_toys() -> None:

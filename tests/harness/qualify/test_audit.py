@@ -294,6 +294,36 @@ def _twin_input(data: Data) -> None:
     data["inputs"]["odd-twin"]["config_sha256"] = "0" * 64
 
 
+def _weights(data: Data) -> None:
+    data["inputs"]["odd-twin"]["weight_files"]["model.safetensors.index.json"] = {
+        "bytes": 1, "sha256": "0" * 64,
+    }  # fmt: skip
+
+
+def _picture(data: Data) -> None:
+    data["inputs"]["odd"]["architecture"]["num_parameters"] += 1
+
+
+def _twin_picture(data: Data) -> None:
+    data["inputs"]["odd-twin"]["architecture"]["facts"] = "hidden size 1"
+
+
+def _class(data: Data) -> None:
+    data["qualification"]["architecture"] = "LlamaForCausalLM"
+
+
+def _unit(data: Data) -> None:
+    case(data, "rope")["unit"] = "parsecs"
+
+
+def _seconds(data: Data) -> None:
+    case(data, "rope")["seconds"] += 1
+
+
+def _started(data: Data) -> None:
+    data["started"] = "2001-01-01T00:00:00+00:00"
+
+
 def _no_qualification(data: Data) -> None:
     del data["qualification"]
 
@@ -325,6 +355,10 @@ def _no_qualification(data: Data) -> None:
         (_in_scope("nothing_to_spoil", []), "scope.nothing_to_spoil"),
         (_fault_counts, "qualification.faults"), (_input, "the run was of another config.json"),
         (_twin_input, "the run was of another twin"),
+        (_weights, "odd-twin is not the input that the evidence names"),
+        (_picture, "the picture of odd is"), (_twin_picture, "the picture of odd-twin is"),
+        (_class, "qualification.architecture"), (_unit, "did not end as the evidence says"),
+        (_seconds, "did not end as the evidence says"), (_started, "begun at another time"),
     ],
     ids=lambda one: one.__name__.strip("_") if callable(one) else "",
 )  # fmt: skip

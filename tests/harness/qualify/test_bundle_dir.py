@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import harness.cli  # noqa: F401 - it adds the commands
 from bridge.cli import app
-from bridge.errors import BridgeError, UsageError
+from bridge.errors import BridgeError, EnvironmentMissingError, UsageError
 from harness.qualify.bundle import refuse_foreign, refuse_other_config
 
 
@@ -32,6 +32,20 @@ def test_nothing_is_made_where_there_is_nothing_to_resume(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_a_gpu_that_is_not_there_is_said_before_any_work(
+    tmp_path: Path, odd_config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error, exit code 3, and no bundle that says "failed"; `--list` needs none."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    report = tmp_path / "bundle"
+    arguments = ["qualify", "--config", str(odd_config), "--device", "cuda"]
+    done = CliRunner().invoke(app, [*arguments, "--report", str(report)])
+    assert isinstance(done.exception, EnvironmentMissingError)
+    assert done.exception.exit_code == 3
+    assert not report.exists()
+    assert CliRunner().invoke(app, [*arguments, "--list"]).exit_code == 0
+
+
 def test_an_earlier_run_may_be_gone_on_with_and_a_file_is_no_directory(tmp_path: Path) -> None:
     """Its configuration is not another's."""
     refuse_foreign(tmp_path / "new", resume=False)
@@ -39,6 +53,9 @@ def test_an_earlier_run_may_be_gone_on_with_and_a_file_is_no_directory(tmp_path:
     refuse_foreign(tmp_path, resume=False)
     (tmp_path / "journal.jsonl").touch()
     refuse_foreign(tmp_path, resume=True)
+    with pytest.raises(UsageError, match="an unfinished run is there") as caught:
+        refuse_foreign(tmp_path, resume=False)
+    assert "--resume" in str(caught.value.hint)
     refuse_other_config(tmp_path, b"{}")
     (tmp_path / "config.json").write_text("{}")
     refuse_other_config(tmp_path, b"{}")

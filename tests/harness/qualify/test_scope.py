@@ -15,7 +15,11 @@ from bridge.errors import BridgeError, UnmappedFieldError, UnsupportedFieldError
 from bridge.family import FAMILY
 from bridge.hf_config import load_hf_config, spec_from_hf_config
 from bridge.parameters import num_parameters
+from harness.checks import CHECKS
 from harness.errors import SuiteError
+from harness.faults import CATALOGUE
+from harness.faults.matrix import cases_of
+from harness.hooks import seams_of
 from harness.qualify.origin import bridge_commit, origin_of
 from harness.qualify.scope import Choices, Scope, scope_of
 from harness.qualify.suites import load_variant, variant_names
@@ -60,6 +64,39 @@ def test_a_checkpoint_is_converted_too_and_full_takes_every_block() -> None:
     assert found.blocks is None
     assert "round_trip/m/tp1-pp1/float32" in {case.id for case in found.cases}
     assert found.as_data()["blocks"] == list(range(8))
+
+
+TP_ONLY = {
+    "tp-ranks-reversed", "all-reduce-missing", "backward-all-reduce-missing", "fc1-sharded-whole",
+    "fc2-shards-reversed", "embedding-shards-reversed", "qkv-sharded-by-kind",
+    "logits-gathered-backwards", "sequence-parallel-norm-gradients",
+}  # fmt: skip
+
+
+def test_what_tp_2_cannot_cut_has_no_fault_of_tp_and_every_other_one_is_looked_for() -> None:
+    """Ten heads in five groups: what is left is seen somewhere, a cache and resharding too."""
+    heads = {"num_attention_heads": 10, "num_key_value_heads": 5, "hidden_size": 160}
+    config = dict(toy_named("nano-8b").config) | heads | {"head_dim": 16}
+    found = scope(config)
+    assert set(found.nothing_to_spoil) >= TP_ONLY
+    assert not any("tp2" in name for name in found.layouts)
+    assert {"cache-one-short", "files-exchanged", "pipeline-boundary-off-by-one"} <= set(
+        found.faults
+    )
+    cases = cases_of(spec_from_hf_config(found.twin_config))
+    looking = {check for check, _, _ in cases}
+    assert looking >= {"generation", "resharding", "layouts", "logits"}
+    for name in found.faults:
+        assert any(CHECKS[check].sees & seams_of(CATALOGUE[name]) for check in looking), name
+
+
+def test_one_layer_has_no_fault_of_pipelines() -> None:
+    """Nothing is sent on, and there is no later stage."""
+    found = scope(dict(toy_named("nano-8b").config) | {"num_hidden_layers": 1})
+    assert {
+        "pipeline-rounds", "pipeline-boundary-off-by-one", "last-stage-padding-filled",
+    } <= set(found.nothing_to_spoil)  # fmt: skip
+    assert set(found.faults) >= TP_ONLY
 
 
 def test_linear_replacements_rule_out_sequence_parallelism() -> None:

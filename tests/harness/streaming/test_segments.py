@@ -79,6 +79,8 @@ def test_a_budget_that_cannot_be_kept_says_what_could() -> None:
         segments_of(model, [0], memory_budget=1000, word=4, element=4)
     named = int(str(caught.value.hint).split("--memory-budget ")[1].split("KiB")[0])
     segments_of(model, [0], memory_budget=named << 10, word=4, element=4)
+    with pytest.raises(UsageError, match="a memory budget of 1B is too small"):
+        segments_of(model, [0], memory_budget=1, word=4, element=4)
 
 
 @pytest.mark.parametrize(
