@@ -290,10 +290,11 @@ def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[s
     if not digests:
         return []
     if not record.tensor_sha256:
-        return [
-            f"{RECORD_NAME} holds no hashes, as of a live model or with --verify none: nothing tells "
-            "whether these tensors are those that were imported"
-        ]
+        note = (
+            f"{RECORD_NAME} holds no hashes, as of a live model or with --verify none: nothing "
+            "tells whether these tensors are those that were imported"
+        )
+        return [note]
     if lacking := [name for name in digests if name not in record.tensor_sha256]:
         raise CorruptFileError(
             f"the record of the import lacks the hashes of {len(lacking)} of {len(digests)} "
