@@ -26,10 +26,16 @@ PurposeName = Annotated[
     ),
 ]
 SequenceLength = Annotated[
-    int, typer.Option("--sequence-length", min=1, help="Tokens of a sequence, answer included.")
+    int,
+    typer.Option(
+        "--sequence-length", min=1, max=1 << 30, help="Tokens of a sequence, answer included."
+    ),
 ]
 MicroBatchSize = Annotated[
-    int, typer.Option("--micro-batch-size", min=1, help="Sequences that a rank holds at once.")
+    int,
+    typer.Option(
+        "--micro-batch-size", min=1, max=1 << 20, help="Sequences that a rank holds at once."
+    ),
 ]
 DataParallelSize = Annotated[
     int,

@@ -53,7 +53,7 @@ LayersName = Annotated[
 VocabDivisor = Annotated[
     int,
     typer.Option(
-        "--make-vocab-size-divisible-by", min=1,
+        "--make-vocab-size-divisible-by", min=1, max=1 << 20,
         help="Pad the vocabulary to a multiple of this times TP.",
     ),
 ]  # fmt: skip

@@ -27,7 +27,7 @@ from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, dtype_named
-from bridge.errors import ConfigError, VerificationError
+from bridge.errors import ConfigError, CorruptFileError, VerificationError
 from bridge.hf_config import (
     CONFIG_NAME,
     config_file,
@@ -45,7 +45,7 @@ from bridge.record import (
     read_record,
     sha256_of,
 )
-from bridge.side_files import carry, write_side_files
+from bridge.side_files import carry, refuse_changed_config, write_side_files
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
 from bridge.storage.remote import Location
@@ -212,6 +212,7 @@ def export_checkpoint(
     refuse_overlap(hf, [megatron, *([] if hf_model is None else [hf_model])])
     with MegatronSource(megatron) as source:
         record = read_record(source.root) if hf_model is None else None
+        refuse_changed_config(record, source.root / SIDE_DIRECTORY)
         spec, side_source, notes = _export_spec(source, hf_model, options.carry)
         plan = Plan.of_checkpoint(spec, source.tensors)
         notes += _vocabulary_notes(source, plan)
@@ -286,8 +287,21 @@ def _vocabulary_notes(source: MegatronSource, plan: Plan) -> list[str]:
 
 def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[str]:
     """Hold what was exported against what was imported, tensor by tensor, by its hash."""
-    if not digests or not record.tensor_sha256:
+    if not digests:
         return []
+    if not record.tensor_sha256:
+        note = (
+            f"{RECORD_NAME} holds no hashes, as of a live model or with --verify none: nothing "
+            "tells whether these tensors are those that were imported"
+        )
+        return [note]
+    if lacking := [name for name in digests if name not in record.tensor_sha256]:
+        raise CorruptFileError(
+            f"the record of the import lacks the hashes of {len(lacking)} of {len(digests)} "
+            "tensors",
+            where=fold_layers(lacking),
+            hint="restore it, or export with --hf-model, which compares with no import",
+        )
     changed = [name for name, digest in digests.items() if record.tensor_sha256.get(name) != digest]
     if changed:
         raise VerificationError(

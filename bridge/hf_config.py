@@ -23,6 +23,7 @@ from bridge.hf_blocks import BLOCK_SCHEMAS, read_blocks, write_blocks
 from bridge.hf_fields import FieldReader, Findings, check_fates
 from bridge.hf_rope import read_rope
 from bridge.spec import (
+    MAX_LAYERS,
     BlockSpec,
     GroupedQueryAttention,
     ModelSpec,
@@ -138,8 +139,8 @@ def spec_from_hf_config(
             ffn=SwiGLU(ffn_hidden_size=width),
         )
         # A hostile num_hidden_layers must not cost memory before it is refused.
-        blocks: tuple[BlockSpec, ...] = (block,) * min(num_layers, _MAX_LAYERS)
-        if num_layers > _MAX_LAYERS:
+        blocks: tuple[BlockSpec, ...] = (block,) * min(num_layers, MAX_LAYERS)
+        if num_layers > MAX_LAYERS:
             findings.inconsistent.append(f"num_hidden_layers={num_layers} is beyond any model")
     else:
         kv_channels = _decilm_kv_channels(reader, hidden, heads)
@@ -176,9 +177,6 @@ def spec_from_hf_config(
     except InconsistentConfigError as error:
         places = [f"{where}: {place}" for place in error.where]
         raise InconsistentConfigError(error.message, where=places, hint=error.hint) from None
-
-
-_MAX_LAYERS: Final = 100_000
 
 
 def _architecture(config: Mapping[str, Any], where: str) -> str:

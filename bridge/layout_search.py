@@ -13,10 +13,10 @@ from typing import Final
 
 from bridge.dtypes import dtype_named
 from bridge.errors import LayoutError, NoLayoutFitsError, UsageError
-from bridge.memory import RankMemory, rank_memory
+from bridge.memory import RankMemory, least_memory, rank_memory
 from bridge.parameters import block_num_parameters, num_parameters
 from bridge.pipeline import plan_layout, refuse_broken_layout
-from bridge.spec import ModelSpec, ParallelLayout, tensor_parallel_problems
+from bridge.spec import ModelSpec, ParallelLayout, Stage, tensor_parallel_problems
 from bridge.workload import MAIN_GRADIENT, OPTIMIZER, Workload
 
 _GIB: Final = 1 << 30
@@ -188,7 +188,7 @@ class _Search:
         spec, largest = self.spec, self._largest
         for tp in reversed(self._tensor_sizes()):
             room = self._room(tp)
-            if largest > room:
+            if largest > room or self._least(tp) > self.machine.usable:
                 continue
             for pp in range(math.ceil(num_parameters(spec) / room), spec.num_layers + 1):
                 if best is not None and tp * pp >= best.num_gpus:
@@ -197,6 +197,36 @@ class _Search:
                 if dp is not None and (best is None or tp * pp * dp < best.num_gpus):
                     best = self._suggestion(tp, pp, dp)
         return best
+
+    def _least(self, tp: int) -> int:
+        """Bytes that some rank holds at this TP whatever the pipeline, Adam's state apart.
+
+        The rank of each layer holds at least that layer, and of activations at least one micro
+        batch's; no number of stages changes that, and so none has to be tried.
+        """
+        one = self._layout(tp, 1)
+        if self.work.purpose == "training" and tp > 1:  # the least there is, allowed or not
+            one = replace(one, sequence_parallel=True)
+        last = self.spec.num_layers - 1
+        kinds = {
+            (block, layer_idx == 0, layer_idx == last): layer_idx
+            for layer_idx, block in enumerate(self.spec.blocks)
+        }
+        return max(
+            least_memory(
+                self.spec,
+                one,
+                self.work,
+                Stage(
+                    pp_rank=0,
+                    vp_stage=0,
+                    layers=range(layer_idx, layer_idx + 1),
+                    pre_process=is_first,
+                    post_process=is_last,
+                ),
+            )
+            for (_, is_first, is_last), layer_idx in kinds.items()
+        )
 
     def _tensor_sizes(self) -> list[int]:
         """TP sizes that divide the model and a node, so that no TP group straddles two."""
@@ -207,7 +237,7 @@ class _Search:
             if node % tp == 0 and not tensor_parallel_problems(self.spec, tp)
         ]
 
-    def _suggestion(self, tp: int, pp: int, dp: int) -> Suggestion:
+    def _layout(self, tp: int, pp: int) -> ParallelLayout:
         layout = plan_layout(
             self.spec,
             tensor_model_parallel_size=tp,
@@ -216,6 +246,10 @@ class _Search:
         )
         if self.work.purpose == "training" and tp > 1:
             layout = _with_sequence_parallelism(self.spec, layout)
+        return layout
+
+    def _suggestion(self, tp: int, pp: int, dp: int) -> Suggestion:
+        layout = self._layout(tp, pp)
         work = replace(self.work, data_parallel_size=dp)
         return Suggestion(layout=layout, work=work, ranks=rank_memory(self.spec, layout, work))
 

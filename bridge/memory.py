@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from bridge.activations import inference_activations, kv_cache, training_activations
 from bridge.describe import rank_num_parameters
 from bridge.dtypes import dtype_named
-from bridge.spec import ModelSpec, ParallelLayout
+from bridge.spec import ModelSpec, ParallelLayout, Stage
 from bridge.workload import MAIN_GRADIENT, OPTIMIZER, Workload
 
 
@@ -49,8 +49,30 @@ def rank_memory(spec: ModelSpec, layout: ParallelLayout, work: Workload) -> tupl
     )
 
 
+def least_memory(spec: ModelSpec, layout: ParallelLayout, work: Workload, stage: Stage) -> int:
+    """Bytes of a rank that holds this stage, or more, without the optimizer's state.
+
+    Args:
+        spec: The model.
+        layout: With PP 1, so that one micro batch is in flight.
+        work: What is done with it.
+        stage: What the rank holds at least.
+    """
+    found = _of_stages(spec, layout, work, 0, (stage,))
+    return found.total - found.optimizer
+
+
 def _one_rank(spec: ModelSpec, layout: ParallelLayout, work: Workload, pp_rank: int) -> RankMemory:
-    stages = layout.stages_of(pp_rank)
+    return _of_stages(spec, layout, work, pp_rank, layout.stages_of(pp_rank))
+
+
+def _of_stages(
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    work: Workload,
+    pp_rank: int,
+    stages: tuple[Stage, ...],
+) -> RankMemory:
     held = sum(rank_num_parameters(spec, layout, stage) for stage in stages)
     weights = held * dtype_named(work.params_dtype).itemsize
     if work.purpose == "inference":

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from bridge.errors import CheckpointError, CorruptFileError
 from bridge.storage.remote import Location
-from bridge.storage.safetensors import ShardHeader, parse_header
+from bridge.storage.safetensors import SINGLE_NAME, ShardHeader, parse_header
 from bridge.storage.target import read_small_file
 
 RECORD_NAME: Final = "nemotron_bridge.json"
@@ -114,6 +114,8 @@ def _parse(found: Mapping[str, Any]) -> SourceRecord:
     # Shard names become paths of the export: nothing but a plain file name may stand there.
     if any("/" in file or not file.endswith(".safetensors") for file in found["shards"]):
         raise ValueError("a shard's name is not that of a file")
+    if found["index"] is None and set(found["shards"]) != {SINGLE_NAME}:
+        raise ValueError(f"no index, which shards other than {SINGLE_NAME} have")
     return SourceRecord(
         bridge_version=str(found["bridge_version"]),
         plan_sha256=str(found["plan_sha256"]),

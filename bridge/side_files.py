@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from bridge.casting import config_in, main_dtype, stated_dtype
 from bridge.dtypes import Dtype
@@ -109,6 +110,20 @@ def _dtype_to_state(
         if dtypes == {one.info.dtype for head in headers for one in head.tensors.values()}:
             return None
     return main_dtype(weights)
+
+
+def refuse_changed_config(record: SourceRecord | None, directory: Location) -> None:
+    """Hold a kept configuration against its hash on record, before a changed one is parsed.
+
+    Raises:
+        VerificationError: BR305, it is not the one that was imported.
+    """
+    path = directory / CONFIG_NAME
+    if record is None or CONFIG_NAME not in record.side_file_sha256 or not path.is_file():
+        return
+    found = {CONFIG_NAME: sha256_of(read_small_file(path))}
+    only = replace(record, side_file_sha256={CONFIG_NAME: record.side_file_sha256[CONFIG_NAME]})
+    _check_side_files(only, found, directory)
 
 
 def _check_side_files(

@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 from bridge.errors import InconsistentConfigError, LayoutError, TensorParallelError
+
+MAX_LAYERS: Final = 100_000
+"""More than any model has: what a damaged file says may be far more, and is refused."""
 
 
 @dataclass(frozen=True, slots=True)

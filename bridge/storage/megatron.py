@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from bridge.dtypes import Dtype, Words
 from bridge.errors import CorruptFileError, DtypeMismatchError
 from bridge.parameters import Parameter
-from bridge.spec import ModelSpec, ParallelLayout
+from bridge.spec import MAX_LAYERS, ModelSpec, ParallelLayout
 from bridge.storage.extents import Extent
 from bridge.storage.remote import Location
 from bridge.storage.source import FileLayout, Payload, TensorInfo
@@ -83,6 +83,14 @@ class MegatronSource:
         self.root = self.directory.parent
         # Optimizer state is far bigger than the model; nothing of it is even looked at.
         self._reader = open_reader(self.directory, ignore=_is_beside)
+        try:
+            self._read_tables()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_tables(self) -> None:
+        """What the checkpoint holds, by the names of the parameter table."""
         common = self._reader.common()
         self.args_where = f"{self.directory}: args"
         self.args = args_of(common, where=self.args_where)
@@ -92,7 +100,7 @@ class MegatronSource:
         names = _table_names(self._reader.tensors)
         for key, stored_name in names.items():
             info = self._reader.tensors[key]
-            for name, layer_idx, shape in _unfold(stored_name, info.shape):
+            for name, layer_idx, shape in _unfold(stored_name, info.shape, self.directory):
                 if name in self._stored:
                     raise CorruptFileError(
                         f"{name} is stored as {self._stored[name][0]} and as {key}",
@@ -156,12 +164,22 @@ def _table_names(keys: Collection[str]) -> dict[str, str]:
     return names
 
 
-def _unfold(name: str, shape: Shape) -> Iterator[tuple[str, int | None, Shape]]:
+def _unfold(
+    name: str, shape: Shape, directory: Location
+) -> Iterator[tuple[str, int | None, Shape]]:
     match = _STACKED.fullmatch(name)
     if match is None:
         yield name, None, shape
         return
-    for layer_idx in range(shape[0] if shape else 0):
+    # Nothing bounds the layers of a tensor without elements: it takes no bytes, whatever its shape.
+    if 0 in shape or not 1 <= (shape[0] if shape else 0) <= MAX_LAYERS:
+        raise CorruptFileError(
+            f"{name} of shape {shape} is no stack of layers",
+            where=str(directory),
+            hint=f"its first dimension counts the layers, at most {MAX_LAYERS}, and no layer's "
+            "parameter is empty",
+        )
+    for layer_idx in range(shape[0]):
         yield f"decoder.layers.{layer_idx}.{match['rest']}", layer_idx, shape[1:]
 
 

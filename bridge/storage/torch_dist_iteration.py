@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from bridge.errors import CheckpointError, CorruptFileError
-from bridge.storage.remote import Location
+from bridge.storage.remote import Location, reason
 from bridge.storage.torch_dist_config import CONFIG_NAME, METADATA_NAME, TRACKER_NAME
 from bridge.storage.torch_dist_read import TorchDistReader
 from bridge.storage.torch_legacy import TorchLegacyReader
@@ -32,10 +33,16 @@ def open_checkpoint(path: Location) -> tuple[Location, int]:
         The iteration's directory and its number; `release` counts as 0, as in Megatron-LM.
 
     Raises:
-        CheckpointError: BR300, no such directory, or neither tracker nor iteration in it.
+        CheckpointError: BR300, no such directory, one that may not be read, or neither tracker nor
+            iteration in it.
         CorruptFileError: BR302, a tracker that does not say, or names an iteration that is not
             there.
     """
+    with _named_if_unreadable(path):
+        return _open_checkpoint(path)
+
+
+def _open_checkpoint(path: Location) -> tuple[Location, int]:
     if path.name.endswith(".nemo") and path.is_file():
         raise CheckpointError(
             "a .nemo archive of NeMo 1 cannot be read",
@@ -90,12 +97,30 @@ def open_reader(
         ignore: Keys to leave unchecked until they are read, such as optimizer state.
 
     Raises:
-        CheckpointError: BR300, neither format.
+        CheckpointError: BR300, neither format, or files that may not be read.
         CorruptFileError: BR302, files that contradict each other.
     """
-    if not (directory / CONFIG_NAME).is_file() and rank_directories(directory):
-        return TorchLegacyReader(directory)
-    return TorchDistReader(directory, ignore=ignore)
+    with _named_if_unreadable(directory):
+        if not (directory / CONFIG_NAME).is_file() and rank_directories(directory):
+            return TorchLegacyReader(directory)
+        return TorchDistReader(directory, ignore=ignore)
+
+
+@contextmanager
+def _named_if_unreadable(where: Location) -> Iterator[None]:
+    """Name what the system lets nobody of these rights look into.
+
+    Raises:
+        CheckpointError: BR300, with the file or directory.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise CheckpointError(
+            f"cannot read it: {reason(error)}",
+            where=str(error.filename or where),
+            hint="every file and directory of the checkpoint has to be readable",
+        ) from None
 
 
 def _is_iteration(path: Location) -> bool:

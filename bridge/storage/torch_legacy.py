@@ -95,6 +95,15 @@ class TorchLegacyReader:
         ranks = rank_directories(directory)
         refuse_missing_ranks(ranks, directory)
         self._reader = ChunkReader(directory, _locate)
+        try:
+            self._read_states(ranks)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_states(self, ranks: Mapping[RankName, str]) -> None:
+        """What the ranks' files hold, as tensors of the whole model."""
+        directory = self.directory
         files = {rank: f"{name}/{STATE_NAME}" for rank, name in ranks.items()}
         archives = each_file(directory, self._archive, list(files.values()))
         states = {rank: archives[file] for rank, file in files.items()}
@@ -104,15 +113,11 @@ class TorchLegacyReader:
         refuse_old(self._common.get("checkpoint_version", 0), where=str(directory))
         refuse_unlike_ranks({states[rank][0].where: states[rank][1] for rank in sorted(states)})
         shards = _shards(states, files, self._num_layers(), str(directory))
-        try:
-            self._drop_tied_copy(shards)
-            self._stored = {
-                name: self._joined(name, of_name, tp=1 + max(tp for tp, _ in ranks))
-                for name, of_name in shards.items()
-            }
-        except BaseException:
-            self.close()
-            raise
+        self._drop_tied_copy(shards)
+        self._stored = {
+            name: self._joined(name, of_name, tp=1 + max(tp for tp, _ in ranks))
+            for name, of_name in shards.items()
+        }
         self.ignored_nbytes = self._ignored_nbytes(ranks)
 
     def _archive(self, file: str) -> tuple[Archive, dict[Any, Any]]:

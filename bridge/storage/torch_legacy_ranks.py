@@ -10,6 +10,7 @@ import math
 import re
 from argparse import Namespace
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any, Final
 
 from bridge.errors import CheckpointError, CorruptFileError
@@ -21,6 +22,7 @@ RankName = tuple[int, int]
 _RANK: Final = re.compile(r"mp_rank_(?P<tp>\d{2,})(?:_(?P<pp>\d{3,}))?(?P<expert>_\d{3,})?")
 _OLDEST_VERSION: Final = 2.0
 _MOST_RANKS: Final = 1024  # along one axis; more is no size of a run
+_MOST_NAMED: Final = 16  # of the missing ranks, which may be nearly all of 1024 x 1024
 
 # What all ranks of a run have alike. Others of the hundreds of args, such as `rank`, do not.
 _SAME_STATE: Final = ("iteration", "checkpoint_version")
@@ -43,7 +45,7 @@ def rank_directories(directory: Location) -> dict[RankName, str]:
 
     Raises:
         CheckpointError: BR300, ranks of expert parallelism.
-        CorruptFileError: BR302, two directories of one rank.
+        CorruptFileError: BR302, two directories of one rank, or one of a rank that no run has.
     """
     found: dict[RankName, str] = {}
     for child in directory.iterdir():
@@ -56,6 +58,13 @@ def rank_directories(directory: Location) -> dict[RankName, str]:
                 where=str(child),
             )
         rank = int(match["tp"]), int(match["pp"] or 0)
+        if max(rank) >= _MOST_RANKS:
+            raise CorruptFileError(
+                f"the directory is of TP rank {rank[0]} and PP rank {rank[1]}, and no run has more "
+                f"than {_MOST_RANKS} of either",
+                where=str(child),
+                hint="remove it: Megatron-LM did not write it",
+            )
         if rank in found:
             raise CorruptFileError(
                 f"two directories are of TP rank {rank[0]} and PP rank {rank[1]}",
@@ -78,7 +87,7 @@ def refuse_missing_ranks(
         args: Of the checkpoint; they tell of ranks after the last that there is.
 
     Raises:
-        CheckpointError: BR300, each missing rank.
+        CheckpointError: BR300, ranks are missing; the first of them by name.
         CorruptFileError: BR302, more ranks than the run had.
     """
     tp, pp = (1 + max(rank[axis] for rank in ranks) for axis in (0, 1))
@@ -94,10 +103,14 @@ def refuse_missing_ranks(
     present = {rank for rank in ranks if rank[0] < said_tp and rank[1] < said_pp}
     num_missing = said_tp * said_pp - len(present)
     if num_missing:
-        missing = [(t, p) for p in range(said_pp) for t in range(said_tp) if (t, p) not in present]
+        each = ((t, p) for p in range(said_pp) for t in range(said_tp))
+        missing = list(islice((rank for rank in each if rank not in present), _MOST_NAMED))
+        names = [f"{directory}: mp_rank_{t:02d}_{p:03d}" for t, p in missing]
+        if num_missing > len(names):
+            names.append(f"and {num_missing - len(names)} more")
         raise CheckpointError(
             f"{num_missing} of {said_tp} x {said_pp} ranks are missing",
-            where=[f"{directory}: mp_rank_{t:02d}_{p:03d}" for t, p in missing],
+            where=names,
             hint="copy the checkpoint of every TP and PP rank into one directory",
         )
 

@@ -84,8 +84,9 @@ def audit(directory: Path) -> Audit:
             where=str(directory / SUMS_NAME),
             hint="give the directory that `qualify --report` named, once it has ended",
         )
-    problems = list(_sum_problems(directory))
+    problems: list[str] = []
     try:
+        problems += _sum_problems(directory)
         data = read_evidence(directory)
         matrix = json.loads((directory / MATRIX_NAME).read_text("utf-8"))
     except (BridgeError, OSError, ValueError, RecursionError) as error:

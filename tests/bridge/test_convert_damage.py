@@ -84,6 +84,36 @@ def test_a_changed_side_file_is_noticed(super_checkpoint: Path, tmp_path: Path) 
     assert "tokenizer.json" in caught.value.where[0]
 
 
+@pytest.mark.parametrize("position", [0, 5])
+def test_a_damaged_configuration_is_told_from_one_of_another_model(
+    position: int, super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its hash is compared before it is parsed: no JSON, or a field that nobody knows."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    flip_one_bit(tmp_path / "megatron" / SIDE_DIRECTORY / "config.json", position)
+    with pytest.raises(VerificationError, match="side files are not those") as caught:
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert [Path(place).name for place in caught.value.where] == ["config.json"]
+
+
+def test_a_record_without_hashes_is_said_and_one_that_lacks_some_is_refused(
+    super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """No comparison is passed over in silence."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    path = tmp_path / "megatron" / RECORD_NAME
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {"tensor_sha256": {}}))
+    report = export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert any("holds no hashes" in note for note in report.notes)
+    del record["tensor_sha256"]["lm_head.weight"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(CorruptFileError, match="lacks the hashes of 1 of") as caught:
+        export_checkpoint(tmp_path / "megatron", tmp_path / "other")
+    assert caught.value.where == ("lm_head.weight",)
+    assert not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("break_it", "kind"),
     [
@@ -123,6 +153,19 @@ def test_hostile_names_in_the_record_write_nothing_outside_the_target(
     with pytest.raises(CorruptFileError):
         export_checkpoint(tmp_path / "megatron", tmp_path / "back")
     assert not list(tmp_path.glob("evil*"))
+
+
+def test_a_record_of_shards_without_their_index_is_refused(
+    super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The export would lack it, and nobody could load those shards."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    path = tmp_path / "megatron" / RECORD_NAME
+    record = json.loads(path.read_text())
+    shards = {f"model-{name}": header for name, header in record["shards"].items()}
+    path.write_text(json.dumps(record | {"shards": shards, "index": None}))
+    with pytest.raises(CorruptFileError, match="no index"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back")
 
 
 def damage_payload(root: Path, tensor: str, *, last_row: bool) -> None:

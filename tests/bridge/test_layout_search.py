@@ -10,7 +10,7 @@ import pytest
 
 from bridge.convert import read_spec
 from bridge.errors import NoLayoutFitsError, UsageError
-from bridge.layout_search import Machine, Suggestion, suggest_layouts
+from bridge.layout_search import Machine, Suggestion, _Search, suggest_layouts
 from bridge.memory import rank_memory
 from bridge.pipeline import parse_layout
 from bridge.spec import BlockSpec, GroupedQueryAttention, Linear, ModelSpec, SwiGLU
@@ -157,6 +157,58 @@ def test_a_block_too_large_for_any_number_of_gpus_is_said_so() -> None:
         search(model("Llama-3_1-Nemotron-Ultra-253B-v1"), 1, 5)
     assert "no number of such GPUs is enough" in str(error.value)
     assert "--gpus" not in (error.value.hint or "")
+
+
+def outcome(spec: ModelSpec, work: Workload, memory: int) -> str:
+    """What is offered on one GPU, or the whole error."""
+    try:
+        found = suggest_layouts(spec, work, Machine(num_gpus=1, memory=memory))
+    except NoLayoutFitsError as error:
+        return str(error)
+    return " ".join(one.layout.name for one in found)
+
+
+@pytest.mark.parametrize("purpose", ["inference", "training"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_skipped_would_not_have_fitted(
+    purpose: str, recompute: str, monkeypatch: pytest.MonkeyPatch, *, tied: bool
+) -> None:
+    """With every number of stages tried at every TP the answers are the same, word for word."""
+    spec = model("Llama-3.1-Nemotron-Nano-8B-v1")
+    wide = dataclasses.replace(spec.blocks[0], ffn=SwiGLU(ffn_hidden_size=4 * 4096))
+    linear = BlockSpec(attention=Linear(), ffn=spec.blocks[0].ffn)
+    small = dataclasses.replace(
+        spec, heterogeneous_block_specs=True, vocab_size=8192,
+        share_embeddings_and_output_weights=tied, blocks=(*spec.blocks[:3], linear, wide, linear),
+    )  # fmt: skip
+    works = [
+        Workload(purpose=purpose, recompute=recompute, sequence_length=length)  # type: ignore[arg-type]
+        for length in (64, 4096, 32768)
+    ]
+    sizes = [int(GIB * 1.3**step / 16) for step in range(24)]
+    asked = [(work, size) for work in works for size in sizes]
+    found = [outcome(small, work, size) for work, size in asked]
+    monkeypatch.setattr(_Search, "_least", lambda _self, _tp: 0)
+    assert found == [outcome(small, work, size) for work, size in asked]
+    assert len(set(found)) > len(asked) // 4
+
+
+def test_a_micro_batch_that_nothing_fits_is_refused_without_a_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ultra has 162 layers: no number of stages of any TP is tried for its sake."""
+    tried = []
+    usual = _Search._suggestion
+    monkeypatch.setattr(
+        _Search, "_suggestion", lambda self, *sizes: (tried.append(sizes), usual(self, *sizes))[1]
+    )
+    for purpose in ("inference", "training"):
+        with pytest.raises(NoLayoutFitsError):
+            search(
+                model("Llama-3_1-Nemotron-Ultra-253B-v1"), 8, purpose=purpose, micro_batch_size=64
+            )
+    assert len(tried) == 2 * 10  # those of all eight GPUs, for each purpose
 
 
 def test_impossible_machines_are_refused() -> None:

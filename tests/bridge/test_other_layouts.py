@@ -26,6 +26,7 @@ from bridge.errors import (
     ConfigError,
     CorruptFileError,
 )
+from bridge.storage.chunks import ChunkReader
 from bridge.storage.megatron import MegatronSource
 from bridge.tiling import Box
 from harness.toys import toy_named, write_checkpoint
@@ -165,6 +166,7 @@ def test_a_parameter_of_another_module_is_not_dropped(
         ({"checkpoint_version": "3.0"}, 302, "'3.0' is not a number"),
         ({"args": {"tensor_model_parallel_size": 2}}, 300, "1 of 2 x 1 ranks are missing"),
         ({"args": {"vocab_size": None, "padded_vocab_size": 1 << 20}}, 104, "not that of"),
+        ({"model": {"decoder.layers.x.weight": torch.zeros(10**11, 0)}}, 302, "no stack of layers"),
     ],
 )
 def test_a_legacy_file_that_contradicts_itself_is_refused(
@@ -175,6 +177,23 @@ def test_a_legacy_file_that_contradicts_itself_is_refused(
     with pytest.raises(BridgeError, match=word) as caught:
         export_checkpoint(tmp_path / "iter_0000005", tmp_path / "back", hf_model=imported / "hf")
     assert caught.value.code == f"BR{error}"
+
+
+@pytest.mark.parametrize("state", [{"args": 3}, {"model": {"decoder.layers.x": torch.zeros(0)}}])
+def test_a_legacy_checkpoint_that_is_refused_is_closed(
+    imported: Path, state: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its reader, or by what looks at the reader's tensors."""
+    save_legacy(imported, tmp_path / "iter_0000005", model=state.get("model", {}))
+    path = tmp_path / "iter_0000005" / "mp_rank_00" / "model_optim_rng.pt"
+    if "args" in state:
+        torch.save({"model": {}, "args": state["args"]}, path)
+    closed = []
+    close = ChunkReader.close
+    monkeypatch.setattr(ChunkReader, "close", lambda self: (closed.append(self), close(self)))
+    with pytest.raises(CorruptFileError):
+        MegatronSource(tmp_path / "iter_0000005")
+    assert closed
 
 
 def test_what_is_odd_and_readable_is_read_with_a_note(imported: Path, tmp_path: Path) -> None:

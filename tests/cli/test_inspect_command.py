@@ -120,6 +120,18 @@ def test_what_makes_no_sense_is_refused(
     assert "Traceback" not in found.err
 
 
+@pytest.mark.parametrize(
+    "flag", ["--micro-batch-size", "--sequence-length", "--make-vocab-size-divisible-by"]
+)
+def test_a_size_beyond_all_runs_is_refused_before_a_layout_is_sought(run: Run, flag: str) -> None:
+    """At once, by name."""
+    fits = ("--suggest-layout", "--gpus", "8", "--memory", "80GiB")
+    found = run("inspect", ULTRA, *fits, flag, "9" * 20)
+    assert found.code == 2
+    assert flag in found.err
+    assert "range" in found.err
+
+
 def test_memory_is_shown_for_training_as_it_is_asked_for(run: Run) -> None:
     """18 bytes a parameter in bfloat16, the optimizer's 12 shared by the replicas."""
     flags = ("--tp", "2", "--purpose", "training", "--sequence-length", "4096")

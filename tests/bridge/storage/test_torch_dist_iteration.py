@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from bridge.errors import CheckpointError, CorruptFileError
-from bridge.storage.torch_dist_iteration import open_checkpoint
+from bridge.storage.torch_dist_iteration import open_checkpoint, open_reader
 
 
 def iteration_in(directory: Path) -> Path:
@@ -77,3 +78,32 @@ def test_no_directory_is_an_error(tmp_path: Path) -> None:
     """A mistyped path."""
     with pytest.raises(CheckpointError, match="no such directory"):
         open_checkpoint(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [("iterdir", ""), ("is_file", "iter_0000003"), ("iterdir", "iter_0000003"),
+     ("is_file", "mp_rank_00")],
+)  # fmt: skip
+def test_a_place_that_may_not_be_read_is_named(
+    method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the root, of an iteration and of one rank; tests run as root may read everything."""
+    if name == "mp_rank_00":
+        (tmp_path / "iter_0000003" / name).mkdir(parents=True)
+    else:
+        iteration_in(tmp_path / "iter_0000003")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    place = next(path for path in (tmp_path, *tmp_path.rglob("*")) if path.name.endswith(name))
+    usual = getattr(Path, method)
+
+    def refuse(path: Path) -> object:
+        if path.is_relative_to(place):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path)
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(CheckpointError) as caught:
+        open_reader(open_checkpoint(tmp_path)[0], ignore=lambda _: False)
+    assert caught.value.message == "cannot read it: Permission denied"
+    assert Path(caught.value.where[0]).is_relative_to(place)

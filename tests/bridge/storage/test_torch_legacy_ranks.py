@@ -68,6 +68,24 @@ def test_a_last_rank_that_is_missing_is_told_by_the_args(tmp_path: Path) -> None
     refuse_missing_ranks(ranks, tmp_path, {"tensor_model_parallel_size": True})
 
 
+def test_a_stray_directory_of_a_rank_beyond_all_runs_is_named(tmp_path: Path) -> None:
+    """At once: nothing is listed up to its number."""
+    for name in ("mp_rank_00_000", "mp_rank_99999999999_000"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(CorruptFileError, match="no run has more than 1024") as caught:
+        TorchLegacyReader(tmp_path)
+    assert caught.value.where == (str(tmp_path / "mp_rank_99999999999_000"),)
+
+
+def test_of_many_missing_ranks_the_first_are_named(tmp_path: Path) -> None:
+    """The last rank of the largest run alone lacks over a million others."""
+    with pytest.raises(CheckpointError, match="1048575 of 1024 x 1024 ranks") as caught:
+        refuse_missing_ranks({(1023, 1023): ""}, tmp_path)
+    assert caught.value.where[0].endswith("mp_rank_00_000")
+    assert caught.value.where[-1] == "and 1048559 more"
+    assert len(caught.value.where) == 17
+
+
 def test_args_of_any_other_kind_are_no_args() -> None:
     """A mapping is as good as a Namespace."""
     assert args_of({"args": {"a": 1}}, where="f") == {"a": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -498,3 +499,17 @@ def test_a_finished_bundle_is_not_written_over(bundle: Path, odd_config: Path) -
         done = CliRunner().invoke(app, arguments)
         assert "a finished bundle is there" in str(done.exception)
     assert sums(bundle) == sums(before)
+
+
+def test_a_file_that_may_not_be_read_is_a_problem_of_the_bundle(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests run as root may read everything."""
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("harness.qualify.audit.sha256_of", refuse)
+    found = audit(finished)
+    assert any("Permission denied" in problem for problem in found.problems)
+    assert (found.verdict, found.exit_code) == (None, 1)
