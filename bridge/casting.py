@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from bridge.dtypes import Dtype, Words, dtype_named
-from bridge.errors import CorruptFileError, DtypeMismatchError
+from bridge.errors import CorruptFileError, DtypeMismatchError, UsageError
 from bridge.rounding import Rounding, largest_finite, round_words, values_of
 from bridge.storage.safetensors import ShardHeader
 from bridge.storage.safetensors_layout import layout_shard
@@ -122,12 +122,25 @@ def tensors_in(tensors: Mapping[str, TensorInfo], dtype: Dtype | None) -> Mappin
     }
 
 
-def dtype_to_round_to(name: str | None, tensors: Mapping[str, TensorInfo]) -> Dtype | None:
-    """The dtype that is asked for; None where every tensor has it, and nothing is to be done."""
+def dtype_to_round_to(
+    name: str | None, tensors: Mapping[str, TensorInfo], *, exact: bool = False
+) -> Dtype | None:
+    """The dtype that is asked for; None where every tensor has it, and nothing is to be done.
+
+    Raises:
+        UsageError: BR001, one that some tensor has not, where both sides are to be `exact`ly alike.
+    """
     if name is None:
         return None
     wanted = dtype_named(name)
     odd = any(info.dtype.is_floating and info.dtype != wanted for info in tensors.values())
+    if odd and exact:
+        raise UsageError(
+            "--verify full holds both sides against each other bit by bit, and --dtype makes them "
+            "differ",
+            hint="leave --verify away, which checks every rounding; then export in the same dtype, "
+            "and `verify` that pair",
+        )
     return wanted if odd else None
 
 

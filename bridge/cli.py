@@ -31,7 +31,7 @@ from bridge.cli_options import (
     shard_size,
     transfer_limits,
 )
-from bridge.cli_verification import finish, refuse_full_of_rounded
+from bridge.cli_verification import finish
 from bridge.console import RichProgress, parse_size, print_json
 from bridge.storage.remote import parse_location
 
@@ -89,7 +89,6 @@ def import_(
     from bridge.crew.launch import crew_of
     from bridge.hub import is_hub_id, resolve_model
 
-    refuse_full_of_rounded(verify, dtype)
     with crew_of(workers, (hf_model, megatron_path)) as crew:
         megatron = parse_location(megatron_path)
         hf = resolve_model(hf_model, weights=True, revision=revision)
@@ -160,7 +159,6 @@ def export(
     from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
-    refuse_full_of_rounded(verify, dtype)
     with crew_of(workers, (megatron_path, hf_path, hf_model)) as crew:
         megatron, hf = parse_location(megatron_path), parse_location(hf_path)
         resolved = None

@@ -188,5 +188,6 @@ def conversion_options(
         staging=staging,
         hf_model_id=hf_model_id,
         dtype=dtype,
+        exact=verify == "full",
         allow_overflow=allow_overflow,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import typer
 
-from bridge.errors import EnvironmentMissingError, UsageError
+from bridge.errors import EnvironmentMissingError
 from bridge.render import print_report
 from bridge.storage.remote import Location
 
@@ -67,21 +67,6 @@ full_verification: FullVerification | None = None
 """
 block_verification: BlockVerification | None = None
 """Set by `harness.cli`; without it, bits are all that is compared."""
-
-
-def refuse_full_of_rounded(verify: str, dtype: str | None) -> None:
-    """Refuse options of which no conversion could pass.
-
-    Raises:
-        UsageError: BR001, `--verify full` of what `--dtype` rounds.
-    """
-    if verify == "full" and dtype is not None:
-        raise UsageError(
-            "--verify full holds both sides against each other bit by bit, and --dtype makes them "
-            "differ",
-            hint="leave --verify away, which checks every rounding; then export in the same dtype, "
-            "and `verify` that pair",
-        )
 
 
 def finish(

@@ -44,6 +44,7 @@ class ConversionOptions:
             the system's temporary directory.
         hf_model_id: Of an import: the source's id on the Hub, to be put on record.
         dtype: torch's name of the dtype to write; None writes what is read, byte for byte.
+        exact: Refuse a dtype that changes the source's.
         allow_overflow: Let values that are too large for it become infinite.
     """
 
@@ -55,6 +56,7 @@ class ConversionOptions:
     staging: Path | None = None
     hf_model_id: str | None = None
     dtype: DtypeName | None = None
+    exact: bool = False
     allow_overflow: bool = False
 
 

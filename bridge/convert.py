@@ -111,7 +111,7 @@ def import_checkpoint(
     plan = Plan(spec, checkpoint_args(spec, layout)["padded_vocab_size"])
     with SafetensorsSource(hf, strict_index=False) as source:
         account_for(plan.hf_shapes, source.tensors, where=str(hf), also=source.index_problems)
-        dtype = dtype_to_round_to(options.dtype, source.tensors)
+        dtype = dtype_to_round_to(options.dtype, source.tensors, exact=options.exact)
         # What has the dtype already is not rounded; the configuration is to say it all the same.
         asked = dtype_named(options.dtype) if options.dtype is not None else None
         tensors = tensors_in(source.tensors, dtype)
@@ -216,7 +216,7 @@ def export_checkpoint(
         plan = Plan.of_checkpoint(spec, source.tensors)
         notes += _vocabulary_notes(source, plan)
         account_for(plan.mcore_shapes, source.tensors, where=str(megatron))
-        dtype = dtype_to_round_to(options.dtype, source.tensors)
+        dtype = dtype_to_round_to(options.dtype, source.tensors, exact=options.exact)
         asked = dtype_named(options.dtype) if options.dtype is not None else None
         stored = tensors_in(source.tensors, dtype)
         dtypes = plan.target_dtypes(plan.mcore_to_hf, stored, where=str(megatron))

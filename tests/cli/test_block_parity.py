@@ -108,19 +108,22 @@ def test_two_sides_that_rounding_made_differ_are_not_computed_with(
     assert [rounded > 0 for rounded in proof.num_rounded] == [True, False]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["import", "--hf-model", "hf", "--megatron-path", "m"],
-        ["export", "--megatron-path", "m", "--hf-path", "back"],
-    ],
-    ids=["import", "export"],
-)
-def test_full_verification_of_a_rounded_pair_is_refused(
-    run: Run, tmp_path: Path, command: list[str]
+def test_full_verification_is_refused_of_what_is_rounded_and_of_nothing_else(
+    run: Run, hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its bits differ by intent; nothing is looked at before that is said."""
-    done = run(*command, "--dtype", "bfloat16", "--verify", "full")
-    assert done.code == 2
-    assert "--dtype makes them differ" in done.err
-    assert not list(tmp_path.iterdir())
+    """Bits differ by intent then, and nothing is written; a dtype that is there changes none."""
+    asked: list[Path] = []
+    monkeypatch.setattr(
+        "bridge.cli_verification.full_verification", lambda hf, *_, **__: asked.append(hf)
+    )
+    megatron, back = tmp_path / "m", tmp_path / "back"
+    kept, other = "float32", "bfloat16"
+    importing: list[str | Path] = ["import", "--hf-model", hf, "--megatron-path", megatron]
+    exporting: list[str | Path] = ["export", "--megatron-path", megatron, "--hf-path", back]
+    for command, target in ((importing, megatron), (exporting, back)):
+        done = run(*command, "--dtype", other, "--verify", "full")
+        assert done.code == 2
+        assert "--dtype makes them differ" in done.err
+        assert not target.exists()
+        assert run(*command, "--dtype", kept, "--verify", "full").code == 0
+    assert asked == [hf, back]
