@@ -140,8 +140,8 @@ def test_full_verification_is_refused_of_what_is_rounded_and_of_nothing_else(
     )
     megatron, back = tmp_path / "m", tmp_path / "back"
     kept, other = "float32", "bfloat16"
-    importing = ["import", "--hf-model", hf, "--megatron-path", megatron]
-    exporting = ["export", "--megatron-path", megatron, "--hf-path", back]
+    importing: list[str | Path] = ["import", "--hf-model", hf, "--megatron-path", megatron]
+    exporting: list[str | Path] = ["export", "--megatron-path", megatron, "--hf-path", back]
     for command, target in ((importing, megatron), (exporting, back)):
         done = run(*command, "--dtype", other, "--verify", "full")
         assert done.code == 2
