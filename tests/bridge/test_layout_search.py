@@ -200,9 +200,12 @@ def test_a_micro_batch_that_nothing_fits_is_refused_without_a_search(
     """Ultra has 162 layers: no number of stages of any TP is tried for its sake."""
     tried = []
     usual = _Search._suggestion
-    monkeypatch.setattr(
-        _Search, "_suggestion", lambda self, *sizes: (tried.append(sizes), usual(self, *sizes))[1]
-    )
+
+    def counted(self: _Search, tp: int, pp: int, dp: int) -> Suggestion:
+        tried.append((tp, pp, dp))
+        return usual(self, tp, pp, dp)
+
+    monkeypatch.setattr(_Search, "_suggestion", counted)
     for purpose in ("inference", "training"):
         with pytest.raises(NoLayoutFitsError):
             search(

@@ -190,7 +190,12 @@ def test_a_legacy_checkpoint_that_is_refused_is_closed(
         torch.save({"model": {}, "args": state["args"]}, path)
     closed = []
     close = ChunkReader.close
-    monkeypatch.setattr(ChunkReader, "close", lambda self: (closed.append(self), close(self)))
+
+    def counted(self: ChunkReader) -> None:
+        closed.append(self)
+        close(self)
+
+    monkeypatch.setattr(ChunkReader, "close", counted)
     with pytest.raises(CorruptFileError):
         MegatronSource(tmp_path / "iter_0000005")
     assert closed
