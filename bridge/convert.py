@@ -148,7 +148,7 @@ def import_checkpoint(
         notes += [f"not carried: {name}" for name in left]
         job = work.job(read, files.files, small=record.to_json())
         if done := work.done_already(read, job):
-            digests = tensor_hashes(done.source)
+            digests = tensor_hashes(done.source, plan.hf_shapes)
             return work.report(tensors, plan.hf_to_mcore, digests, [*DONE_ALREADY, *notes])
         with shared_checkpoint(
             megatron,
@@ -177,7 +177,7 @@ def import_checkpoint(
                 digests = work.verify(source, written)
                 work.verify_padding(written)
             sealed = work.seal(read, files.files, new)
-            digests = digests or tensor_hashes(sealed.source)
+            digests = digests or tensor_hashes(sealed.source, plan.hf_shapes)
             if crew.rank == 0:
                 record = replace(record, tensor_sha256=digests)
                 new.write_small_file(RECORD_NAME, record.to_json())
@@ -244,7 +244,7 @@ def export_checkpoint(
         read = megatron_side(source)
         job = work.job(read, layouts, small=repr(index).encode(), beside=_beside(hf_model))
         if done := work.done_already(read, job):
-            digests = tensor_hashes(done.target)
+            digests = tensor_hashes(done.target, plan.hf_shapes)
             return work.report(stored, plan.mcore_to_hf, digests, [*DONE_ALREADY, *notes])
         with shared_checkpoint(
             hf,
@@ -268,7 +268,7 @@ def export_checkpoint(
             with SafetensorsSource(new.written(), files=names) as written:
                 digests = work.verify(written, source)
             sealed = work.seal(read, layouts, new)
-            digests = digests or tensor_hashes(sealed.target)
+            digests = digests or tensor_hashes(sealed.target, plan.hf_shapes)
             if crew.rank == 0:
                 write_manifest(sealed, new, job)
             work.refuse_changed_source(read, job, beside=_beside(hf_model))

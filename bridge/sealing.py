@@ -166,9 +166,10 @@ def seal(
     )
 
 
-def tensor_hashes(files: Files) -> dict[str, str]:
-    """sha256 of every tensor of files that hold tensors whole."""
-    return {part.tensor: part.sha256 for entry in files.values() for part in entry.parts}
+def tensor_hashes(files: Files, names: Iterable[str]) -> dict[str, str]:
+    """sha256 of tensors that files hold whole, in the order of `names`; empty without hashes."""
+    found = {part.tensor: part.sha256 for entry in files.values() for part in entry.parts}
+    return {name: found[name] for name in names} if found else {}
 
 
 def write_manifest(sealed: Sealed, new: NewCheckpoint, job: Job) -> None:

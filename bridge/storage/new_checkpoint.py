@@ -93,8 +93,8 @@ def new_checkpoint(
         overwrite: Replace a directory here, once the new one is complete.
         staging: For a URL, where files are built before their upload.
         last: For a URL, the small files that make a checkpoint of the others; they go last.
-        job: What is being built. With one a failure keeps the files that are complete, for
-            `Job.resume` to go on with; without one it keeps nothing.
+        job: What is being built. With one a kill, and here a failure too, leaves the files that
+            are complete for `Job.resume` to go on with; without one nothing is gone on with.
 
     Raises:
         TargetExistsError: BR304, the target exists and is not an empty directory.
@@ -117,7 +117,13 @@ def new_checkpoint(
             yield NewDirectory(directory)
         return
     with building_site(target, overwrite=overwrite) as site, refusals(site.target):
-        journal = open_journal(site, job)
+        try:
+            journal = open_journal(site, job)
+        except OSError:
+            if not has_progress(site):
+                with suppress(OSError):
+                    site.sweep()
+            raise
         try:
             yield NewDirectory(site.data, journal)
             site.place()

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from bridge.errors import CheckpointError, TargetExistsError
 from bridge.progress import Advance
-from bridge.storage.journal import Job, is_job, is_spoilt, refuse_other_job, say_how_to_go_on
+from bridge.storage.journal import Job, is_job, refuse_other_job
 from bridge.storage.remote import RemotePath, backend_errors
 from bridge.storage.source import FileLayout, TensorSource
 from bridge.storage.staging_directory import HINT, staging_directory, sweep
@@ -129,9 +129,8 @@ def new_prefix(
 ) -> Iterator[NewPrefix]:
     """Give a place below a URL to fill; make a checkpoint of it when the block succeeds.
 
-    A failure removes what was uploaded, unless some files are complete and a job says how to go on
-    with them. A kill leaves objects and their marker, but none of the `last` files; the next
-    attempt removes them or goes on.
+    A failure removes what was uploaded. A kill leaves objects and their marker, but none of the
+    `last` files; the next attempt removes them, or goes on with those that a job says are complete.
 
     Args:
         target: The directory to create.
@@ -155,11 +154,8 @@ def new_prefix(
         _require(target, claim)
         new.publish()
         _remove_marker(target)
-    except BaseException as error:
-        if job is None or is_spoilt(error) or not _is_begun(target, job):
-            _discard(target, claim, last)
-        else:
-            say_how_to_go_on(str(target), error)
+    except BaseException:
+        _discard(target, claim, last)
         with suppress(OSError):  # workers that were stopped by a kill have left theirs
             sweep(staging)
         raise
@@ -270,14 +266,6 @@ def _complete(target: RemotePath, job: Job) -> frozenset[str]:
     """Files of a job that are there, by their size."""
     found = {str(child.relative_to(target)): child.stat().st_size for child in _files(target)}
     return frozenset(name for name, size in job.sizes.items() if found.get(name) == size)
-
-
-def _is_begun(target: RemotePath, job: Job) -> bool:
-    target.forget_listings()
-    try:
-        return bool(_complete(target, job))
-    except (CheckpointError, OSError):
-        return True  # what cannot be looked at may be there
 
 
 def _has_directories(path: RemotePath) -> bool:

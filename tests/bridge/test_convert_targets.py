@@ -147,13 +147,15 @@ def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(
     """The old target, moved aside by a process that is gone, is put back by the next attempt."""
     import_checkpoint(super_checkpoint, tmp_path / "megatron")
     before = files_of(tmp_path / "megatron")
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait(timeout=60)
-    (tmp_path / "megatron").rename(tmp_path / f".megatron.partial-{gone.pid}-old")
-    (tmp_path / f".megatron.partial-{gone.pid}").mkdir()
+    site = tmp_path / ".megatron.partial"
+    (site / "data").mkdir(parents=True)
+    (tmp_path / "megatron").rename(site / "old")
     with pytest.raises(TargetExistsError):
         import_checkpoint(super_checkpoint, tmp_path / "megatron")
     assert before == files_of(tmp_path / "megatron")
+    import_checkpoint(
+        super_checkpoint, tmp_path / "megatron", options=ConversionOptions(overwrite=True)
+    )
     assert {"hf", "megatron"} == {path.name for path in tmp_path.iterdir()}
 
 

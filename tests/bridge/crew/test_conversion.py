@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from bridge.conversion import ConversionReport
+from bridge.conversion import ConversionOptions, ConversionReport
 from bridge.convert import export_checkpoint, import_checkpoint
 from bridge.crew.launch import crew_of
 from bridge.errors import BridgeError, CheckpointError, TargetExistsError, WorkerLostError
@@ -138,13 +138,21 @@ def test_workers_synthesize_the_bytes_that_one_process_does(
 
 @pytest.mark.parametrize("doomed", [1, 2])
 def test_a_killed_worker_leaves_no_target(checkpoint: Path, tmp_path: Path, doomed: int) -> None:
-    """Nor anything else; the error names the worker."""
+    """Nor anything that looks like one; the error names the worker."""
     with (
         pytest.raises(WorkerLostError, match=f"worker {doomed} of 3 was killed by SIGKILL"),
         crew_of(3) as crew,
     ):
         crew.run(functions.import_and_die, checkpoint, tmp_path / "megatron", doomed=doomed)
-    assert list(tmp_path.iterdir()) == []
+    assert left(tmp_path) <= {".megatron.partial"}  # with what was complete, to go on with
+    import_checkpoint(
+        checkpoint,
+        tmp_path / "megatron",
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        options=ConversionOptions(resume=True),
+    )
+    assert left(tmp_path) == {"megatron"}
 
 
 @pytest.mark.parametrize("full", [0, 1])
@@ -153,12 +161,13 @@ def test_a_full_disk_is_the_same_error_whoever_meets_it(
 ) -> None:
     """Of any worker: BR300 with the file, and nothing is left."""
     with (
-        pytest.raises(CheckpointError, match="cannot write the file") as caught,
+        pytest.raises(CheckpointError, match=r"cannot write the (file|target)") as caught,
         crew_of(2) as crew,
     ):
         crew.run(functions.import_on_a_full_disk, checkpoint, tmp_path / "megatron", full=full)
     assert type(caught.value) is CheckpointError
-    assert caught.value.where[0].endswith(".distcp")
+    # The first file that grows too large on rank 0 is the one that says what is being built.
+    assert caught.value.where[0].endswith(".distcp" if full else "/megatron")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -267,7 +276,7 @@ def test_workers_end_when_their_command_is_killed(
     process.kill()
     process.wait(timeout=60)
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-    assert left(tmp_path) == {f".megatron.partial-{process.pid}"}
+    assert left(tmp_path) == {".megatron.partial"}
     import_checkpoint(checkpoint, tmp_path / "megatron")
     assert left(tmp_path) == {"megatron"}
 
@@ -282,18 +291,8 @@ def test_ctrl_c_ends_everything_quietly(
         assert int(held, 16) >> (signal.SIGINT - 1) & 1
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (out, err) == ("interrupted\n", "")
+    site = tmp_path / ".megatron.partial"
+    kept = f"--resume goes on with what is complete; to give it up, remove {site}\n"
+    assert (out, err) == ("interrupted\n", kept if site.exists() else "")
     assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert left(tmp_path) == set()
-
-
-def test_a_partial_directory_of_this_very_process_number_is_swept(
-    checkpoint: Path, tmp_path: Path
-) -> None:
-    """In a container the next attempt often has the number of the one that was killed."""
-    leftover = tmp_path / f".megatron.partial-{os.getpid()}"
-    leftover.mkdir()
-    (leftover / "half").touch()
-    import_checkpoint(checkpoint, tmp_path / "megatron")
-    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
-    assert not (tmp_path / "megatron" / "half").exists()
+    assert left(tmp_path) <= {site.name}
