@@ -62,7 +62,7 @@ def test_the_configuration_that_is_made_hostile_is_a_good_one(tmp_path: Path) ->
     "value", [10**9, 2**39, 2**70, -1, 0, True, "64", 64.0, None, [], {"a": 1}], ids=repr
 )
 def test_a_size_that_is_none_is_refused(tmp_path: Path, name: str, value: object) -> None:
-    """Of 10^9 layers as of a float that happens to be whole: the field is named, nothing is built."""
+    """Of 10^9 layers as of a float that is whole: the field is named, nothing is built."""
     if value is None and name == "num_key_value_heads":
         pytest.skip("absent means as many as there are heads")
     error = bounded(lambda: spec_of(tmp_path, json.dumps(LLAMA | {name: value})))
@@ -189,7 +189,7 @@ def entry(**fields: object) -> str:
     ids=lambda _: "",
 )  # fmt: skip
 def test_a_header_that_lies_is_refused(tmp_path: Path, data: bytes) -> None:
-    """Offsets, shapes, dtypes, lengths and names that are not what they should be: BR302 or BR303."""
+    """Offsets, shapes, dtypes, lengths, names that are not what they should be: BR302, BR303."""
     (tmp_path / "model.safetensors").write_bytes(data)
     error = bounded(lambda: read_header(tmp_path, "model.safetensors"), gib=0.2)
     assert error.code in {"BR302", "BR303"}
@@ -230,7 +230,7 @@ def test_json_keeps_what_is_good() -> None:
     }
 
 
-def laughs(levels: int, merge: bool) -> bytes:
+def laughs(levels: int, *, merge: bool) -> bytes:
     """Each level is the one before ten times: 10^levels of them, in some lines."""
     lines = ["a0: &a0 {k: v}" if merge else "a0: &a0 lol"]
     for n in range(1, levels):

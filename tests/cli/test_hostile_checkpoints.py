@@ -1,4 +1,4 @@
-"""Checkpoints of strangers, given to the commands: refused with a code, and nothing of them runs."""
+"""Checkpoints of strangers, given to the commands: refused with a code, and nothing runs."""
 
 from __future__ import annotations
 
