@@ -15,6 +15,7 @@ from bridge.cli_options import (
     AllowOverflow,
     CarryField,
     DtypeChoice,
+    FollowLinks,
     HfModel,
     Json,
     MemoryBudget,
@@ -80,6 +81,7 @@ def import_(
     resume: Resume = False,
     staging: Staging = None,
     revision: Revision = None,
+    follow_links: FollowLinks = False,
     carry: CarryField = None,
     json_: Json = False,
 ) -> None:
@@ -112,6 +114,7 @@ def import_(
                 hf_model_id=hf_model if is_hub_id(hf_model) else None,
                 dtype=dtype,
                 allow_overflow=allow_overflow,
+                follow_links=follow_links,
             ),
         )
     if crew.rank:
@@ -152,6 +155,7 @@ def export(
     resume: Resume = False,
     staging: Staging = None,
     revision: Revision = None,
+    follow_links: FollowLinks = False,
     carry: CarryField = None,
     json_: Json = False,
 ) -> None:
@@ -184,6 +188,7 @@ def export(
                 staging=staging,
                 dtype=dtype,
                 allow_overflow=allow_overflow,
+                follow_links=follow_links,
             ),
         )
     if crew.rank:

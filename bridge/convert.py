@@ -49,6 +49,7 @@ from bridge.sealing import hf_side, megatron_side, tensor_hashes, write_manifest
 from bridge.side_files import carry, refuse_changed_config, write_side_files
 from bridge.spec import ModelSpec
 from bridge.storage.journal import fingerprint
+from bridge.storage.input_files import obeys_follow_links
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource
@@ -67,6 +68,7 @@ _IMPORTED_ITERATION: Final = 0
 
 
 @named_refusals()
+@obeys_follow_links
 def import_checkpoint(
     hf: Location,
     megatron: Location,
@@ -187,6 +189,7 @@ def import_checkpoint(
 
 
 @named_refusals()
+@obeys_follow_links
 def export_checkpoint(
     megatron: Location,
     hf: Location,

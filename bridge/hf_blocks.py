@@ -19,6 +19,7 @@ from typing import Any, Final
 from bridge.errors import ConfigError
 from bridge.hf_fields import Findings, is_number, same_value
 from bridge.spec import (
+    MAX_LAYERS,
     AttentionSpec,
     BlockSpec,
     FfnSpec,
@@ -116,6 +117,9 @@ def read_blocks(
         findings.inconsistent.append(
             f"block_configs has {len(blocks)} entries, num_hidden_layers={num_layers}"
         )
+    if len(blocks) > MAX_LAYERS:  # none of them is looked at: they need not be cheap to refuse
+        findings.inconsistent.append(f"block_configs has {len(blocks)} entries, beyond any model")
+        return ()
     found = []
     for layer_idx, block in enumerate(blocks):
         place = f"block_configs[{layer_idx}]"
