@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from bridge.crew.launch import Launch
@@ -27,21 +26,9 @@ else:  # a module beside this file: tests are not a package
     sys.path.append(str(Path(__file__).parent))
     import generation_ranks as ranks
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("nobody_stays_behind")]
 
 HERE = Launch(workers=1, crew=None)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_stays_behind() -> Iterator[None]:
-    """No test leaves a rank behind, however it ends."""
-    yield
-    ranks_left = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "multiprocessing.spawn" in " ".join(child.cmdline())
-    ]
-    assert ranks_left == []
 
 
 @pytest.fixture(scope="module")
