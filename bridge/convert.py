@@ -24,6 +24,7 @@ from bridge.casting import (
 )
 from bridge.consumers import consumer_notes
 from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
+from bridge.crew.agreement import agree_on_conversion
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, dtype_named
@@ -138,6 +139,7 @@ def import_checkpoint(
             hf_model_id=options.hf_model_id,
         )
         job = ConversionJob("hf_to_mcore", hf, megatron, plan, options, crew, dtype)
+        agree_on_conversion(job, files.files, (record.headers, record.index))
         names, left = side_files(hf)
         with shared_checkpoint(
             megatron,
@@ -227,6 +229,7 @@ def export_checkpoint(
         }
         layouts, index = _hf_layouts(tensors, record, max_shard_size, dtype, str(source.root))
         job = ConversionJob("mcore_to_hf", megatron, hf, plan, options, crew, dtype)
+        agree_on_conversion(job, layouts, (source.iteration, dict(source.tensors), record))
         with shared_checkpoint(
             hf,
             overwrite=options.overwrite,

@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 
+from bridge.crew.agreement import agree
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import share_of, shared_checkpoint
 from bridge.dtypes import Words, dtype_named
@@ -135,6 +136,7 @@ def synthesize(
         for name, info in source.tensors.items()
     }
     nbytes = total_nbytes(source.tensors.values())
+    agree(crew, {"config": spec, "--seed": seed, "target's files": layouts})
     mine = share_of(crew, layouts, [layout.size for layout in layouts])
     with shared_checkpoint(
         target, overwrite=overwrite, staging=staging, last=(INDEX_NAME, CONFIG_NAME), crew=crew

@@ -229,14 +229,13 @@ def test_ranks_that_do_not_come_are_an_error_that_says_so(
 ) -> None:
     """A WORLD_SIZE left over in the environment is no reason to hang or to crash."""
     del tmp_path
-    from datetime import timedelta
 
-    from bridge.crew import torchrun
+    from bridge.crew import bounds
     from bridge.crew.launch import crew_of
     from bridge.errors import WorkerLostError
 
     port = free_port()
-    monkeypatch.setattr(torchrun, "_JOIN", timedelta(seconds=1))
+    monkeypatch.setattr(bounds, "JOIN", 1.0)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
