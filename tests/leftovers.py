@@ -8,9 +8,11 @@ fetched its exit status yet.
 from __future__ import annotations
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -96,19 +98,28 @@ class Session:
 
         Args:
             seconds: In which it must have gone.
-            apart_from: Names in `scratch` that may stay.
+            apart_from: Beginnings of names in `scratch` that may stay.
         """
-        kept = set(apart_from)
+        kept = tuple(apart_from)
 
         def found() -> list[str]:
             return [
                 *(f"process {one.pid}: {words_of(one)}" for one in self.processes()),
-                *(f"shared memory {name}" for name in sorted(_shared_memory() - self._shared)),
-                *(f"file {path.name}" for path in self.scratch.iterdir() if path.name not in kept),
+                *(f"shared memory {name}" for name in self._orphaned_memory()),
+                *(
+                    f"file {path.name}"
+                    for path in self.scratch.iterdir()
+                    if not path.name.startswith(kept)
+                ),
             ]
 
         until(lambda: not found(), seconds=seconds)
         return found()
+
+    def _orphaned_memory(self) -> list[str]:
+        """New segments that no process maps: others on this machine have segments of their own."""
+        new = _shared_memory() - self._shared
+        return sorted(new - _mapped()) if new else []
 
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
@@ -126,3 +137,12 @@ def _shared_memory() -> set[str]:
         for path in SHARED_MEMORY.iterdir()
         if path.name.startswith(("torch_", "psm_", "sem.", "nccl-"))
     }
+
+
+def _mapped() -> set[str]:
+    """Names of the segments that some process has mapped."""
+    found: set[str] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # it has just ended, or is not ours to look at
+            found |= set(re.findall(rf"{SHARED_MEMORY}/(\S+)", maps.read_text(errors="replace")))
+    return found

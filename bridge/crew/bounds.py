@@ -21,7 +21,7 @@ DEATH: Final = 5.0
 """For a process whose pipe is closed, or that was killed, to be no more."""
 JOIN: Final = 300.0
 """For the ranks of torchrun to come together."""
-LEAVE: Final = 30.0
+LEAVE: Final = 15.0
 """For a rank that is told to stop to do so: then it is ended in whatever it does."""
 
 

@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bridge.crew import bounds
 from bridge.crew.interrupts import interrupts_pull
-from bridge.crew.protocol import Alone, Crew
+from bridge.crew.protocol import Alone
 from bridge.errors import UsageError
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from bridge.crew.torchrun import TorchrunCrew
 
 Result = TypeVar("Result")
 
@@ -27,7 +30,7 @@ class Launch:
     """
 
     workers: int
-    crew: Crew | None
+    crew: TorchrunCrew | None
     timeout: float = bounds.HUNG
 
     @property
@@ -56,7 +59,8 @@ class Launch:
             BridgeError: Whatever the function raises, in whichever process.
         """
         if self.crew is not None:
-            return function(*args, crew=self.crew, **kwargs)
+            with self.crew.working():
+                return function(*args, crew=self.crew, **kwargs)
         if self.workers == 1:
             alone = Alone()
             with interrupts_pull(alone.brake):

@@ -45,7 +45,7 @@ class Lookout:
         also: Called each time.
 
     `failure` is set when a rank is lost; `progress` is to be renewed by whoever makes some, and
-    `is_idle` set while this rank waits for others; `is_leaving` when it has stopped.
+    `is_timed` set while it should; `is_leaving` when it has stopped.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Lookout:
     ) -> None:
         self.failure: WorkerLostError | None = None
         self.progress = bounds.Patience(timeout)
-        self.is_idle = False
+        self.is_timed = False
         self.is_leaving = False
         self._board = board
         self._members = members
@@ -73,7 +73,8 @@ class Lookout:
         self._silent: set[int] = set()
         self._left: set[int] = set()
         self._store = bounds.Patience(limit)
-        self._leave = bounds.Patience(bounds.LEAVE)
+        self._leave: bounds.Patience | None = None
+        self._is_cut = False
         self._is_stopped = False
         self._closing = threading.Event()
         self._threads = [
@@ -103,7 +104,12 @@ class Lookout:
 
     def is_lost(self, rank: int) -> bool:
         """Whether a rank is gone or silent, so that somebody else must do its part."""
-        return rank in self._silent or rank in self.gone()
+        host, pid = self._members[rank]
+        return rank in self._silent or (host == socket.gethostname() and _is_gone(pid))
+
+    def has_left(self, rank: int) -> bool:
+        """Whether a rank that this one watches has said that it leaves."""
+        return rank in self._left
 
     def loss(self, what: str) -> WorkerLostError:
         """Name the ranks that are gone, as far as this machine can tell."""
@@ -127,11 +133,15 @@ class Lookout:
         beat = 0
         while not self._closing.wait(_POLL):
             beat += 1
-            with suppress(RuntimeError):  # the store is gone, and rank 0, or torchrun, with it
-                self._board.beat(b"%d" % beat)
-                self._also()
-                self._heed_stop()
-                self._heed_beats()
+            try:
+                if not self._is_cut:
+                    self._board.beat(b"%d" % beat)
+                    self._also()
+                    self._heed_stop()
+                    self._heed_beats()
+            except RuntimeError:  # the store is gone, and rank 0, or torchrun, with it
+                self._is_cut = self._is_stopped = True
+                self._brake.pull(StoppedError("torchrun's store is gone"))
             self._store.renew()
             if self.failure is None and self.gone():
                 self.lose(self.loss("it is gone"))
@@ -141,8 +151,6 @@ class Lookout:
         if self._is_stopped or not self._board.has(STOP):
             return
         self._is_stopped = True
-        self._leave.is_over()  # time counts from now
-        self._leave.renew()
         rank, error = self._board.get(STOP)
         if error is not None:
             self.lose(error)
@@ -179,7 +187,7 @@ class Lookout:
                 os.kill(pid, signal.SIGKILL)
 
     def _look_at_self(self) -> None:
-        if self.is_idle or self._is_stopped or self.is_leaving:
+        if not self.is_timed or self._is_stopped or self.is_leaving:
             self.progress.renew()
         found = stacks(without=self._own()) if self.progress.is_over() else ()
         # Who waits for others lets them speak first.
@@ -194,7 +202,9 @@ class Lookout:
             self.lose(error)
             with suppress(RuntimeError):
                 self._board.stop(error)
-        if self._is_stopped and not self.is_leaving and self._leave.is_over():
+        if self._is_stopped:
+            self._leave = self._leave or bounds.Patience(bounds.LEAVE)
+        if self._leave is not None and self._leave.is_over() and not self.is_leaving:
             if self._board.rank == 0 and self.failure is not None:
                 _say(self.failure)  # who should report it cannot
             os._exit(WorkerLostError.exit_code)

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 from typing import Any, Final, TypeVar
 
@@ -90,13 +90,21 @@ class TorchrunCrew:
         if self.rank:
             yield self.brake.on(self._count)
             return
-        with progress.phase(name, total) as advance:
+        with self.timed(is_timed=True), progress.phase(name, total) as advance:
             self._advance = advance
             try:
                 yield self.brake.on(self.renewing(advance))
                 self._hear()
             finally:
                 self._advance = None
+
+    def working(self) -> AbstractContextManager[None]:
+        """Within it this rank must make progress.
+
+        Rank 0 only in phases: what it does between them, such as to put the target into its place,
+        counts no bytes, and nobody is to end it in the middle of that.
+        """
+        return self.timed(is_timed=self.rank > 0)
 
     def settle(self, error: BaseException) -> BaseException:
         """See `Crew`."""
@@ -143,8 +151,13 @@ class TorchrunCrew:
 
     def wait_for_lead(self) -> None:
         """Stay until rank 0 has cleared up and reported: torchrun ends all when one leaves."""
+        report = bounds.Patience(bounds.LEAVE)
         with suppress(RuntimeError):
             while not (self._board.has(REPORTED) or self.lead_is_lost()):
+                if not self._lookout.has_left(0):
+                    report.renew()
+                if report.is_over():
+                    return
                 time.sleep(_POLL)
 
     def close(self, *, failed: bool = False) -> None:
@@ -154,19 +167,14 @@ class TorchrunCrew:
         it has reported, which is at its end.
         """
         self._lookout.close()
-        if failed:
-            if self.rank == 0:
-                atexit.register(self._report)
-            return
         with suppress(RuntimeError):
-            self._board.beat(LEFT)
-            deadline = time.monotonic() + bounds.LEAVE
-            while self.rank == 0 and time.monotonic() < deadline:
-                gone = self._lookout.gone()
-                ranks = [rank for rank in range(1, self.size) if rank not in gone]
-                if not ranks or set(self._board.beats(ranks)) == {LEFT}:
-                    break
-                time.sleep(0.01)
+            if self.rank:
+                self._board.beat(LEFT)
+            elif failed:
+                self._board.beat(LEFT)  # there are no signs of life from here on
+                atexit.register(self._report)
+            else:
+                self._wait_for_others()
 
     def terminated(self, before: Handler | None) -> Handler:
         """A signal handler: torchrun ends the ranks that are left when one has died.
@@ -189,9 +197,14 @@ class TorchrunCrew:
     def _exchange(
         self, value: Value, error: Exception | None
     ) -> list[tuple[Value, Exception | None]]:
+        with self.timed(is_timed=False):
+            return self._exchanged(value, error)
+
+    def _exchanged(
+        self, value: Value, error: Exception | None
+    ) -> list[tuple[Value, Exception | None]]:
         self._round += 1
         mine, everybodys = f"round/{self._round}/{self.rank}", f"round/{self._round}"
-        self._lookout.is_idle = True
         try:
             self._tell()
             self._board.put(mine, (value, error))
@@ -201,11 +214,21 @@ class TorchrunCrew:
             else:
                 told = self._await(everybodys)
         except RuntimeError as broken:
-            raise self._lookout.loss(str(broken).partition("\n")[0]) from broken
+            what = str(broken).partition("\n")[0]
+            raise self._lookout.failure or self._lookout.loss(what) from broken
+        return told
+
+    @contextmanager
+    def timed(self, *, is_timed: bool) -> Iterator[None]:
+        """Whether this rank must make progress within it."""
+        before = self._lookout.is_timed
+        self._lookout.progress.renew()
+        self._lookout.is_timed = is_timed
+        try:
+            yield
         finally:
             self._lookout.progress.renew()
-            self._lookout.is_idle = False
-        return told
+            self._lookout.is_timed = before
 
     def _await(self, name: str) -> Any:  # noqa: ANN401 - whatever is gathered
         pause = 0.001
@@ -258,6 +281,17 @@ class TorchrunCrew:
     def _report(self) -> None:
         with suppress(RuntimeError):
             self._board.put(REPORTED, self.rank)
+            self._wait_for_others()
+
+    def _wait_for_others(self) -> None:
+        """As rank 0, stay until no other needs the store."""
+        deadline = time.monotonic() + bounds.DEATH
+        while time.monotonic() < deadline:
+            gone = self._lookout.gone()
+            ranks = [rank for rank in range(1, self.size) if rank not in gone]
+            if not ranks or set(self._board.beats(ranks)) == {LEFT}:
+                return
+            time.sleep(0.01)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Final, Literal, cast
 from bridge.crew.fates import Fate
 from bridge.crew.launch import Launch, under_torchrun
 from bridge.crew.local import LocalHand, led
-from bridge.crew.protocol import Crew
 from bridge.errors import EnvironmentMissingError, LayoutError, WorkerLostError
 from bridge.generation.decoding import Continuation, OnStep, Step, generate
 from bridge.generation.sampling import Sampling
@@ -33,6 +32,7 @@ from bridge.spec import ParallelLayout
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+    from bridge.crew.torchrun import TorchrunCrew
     from bridge.megatron_config import AttentionBackend
 
 _LOADING: Final = "loading"
@@ -197,7 +197,7 @@ def _lost(rank: int, size: int, fate: Fate) -> WorkerLostError:
 
 
 def _as_torchruns_rank(
-    request: Request, crew: Crew, progress: Progress, on_step: OnStep
+    request: Request, crew: TorchrunCrew, progress: Progress, on_step: OnStep
 ) -> list[Continuation]:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # at run time
 
@@ -206,11 +206,11 @@ def _as_torchruns_rank(
     phase = progress.phase if crew.rank == 0 else Silent().phase
     place = _Place(
         rank=crew.rank,
-        store=PrefixStore(_STORE_PREFIX, cast("Any", crew).store),
+        store=PrefixStore(_STORE_PREFIX, crew.store),
         local_rank=int(os.environ.get("LOCAL_RANK", crew.rank)),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", crew.size)),
     )
-    with joined(request.timeout, so="") as ranks:
+    with joined(request.timeout, so="") as ranks, ranks.timed(is_timed=True):
 
         @contextlib.contextmanager
         def loading(nbytes: int) -> Iterator[Advance]:
