@@ -92,7 +92,7 @@ def test_ranks_of_a_killed_run_end_though_one_is_stopped(
         from bridge.spec import ParallelLayout
         from harness.launcher import RankPool
 
-        pool = RankPool(timeout=60)
+        pool = RankPool(timeout=240)
         layout = ParallelLayout(tensor_model_parallel_size=2, num_layers_per_stage=(1,))
         print(*pool.run(layout, ranks.pid), flush=True)
         pool.run(layout, ranks.wait_for, 0, "stop")
