@@ -24,6 +24,7 @@ from bridge.cli_options import (
     Resume,
     Revision,
     Staging,
+    StallTimeout,
     TpSize,
     TrustRemoteCode,
     Verify,
@@ -35,6 +36,7 @@ from bridge.cli_options import (
 )
 from bridge.cli_verification import finish
 from bridge.console import RichProgress, parse_size, print_json
+from bridge.crew.bounds import HUNG
 from bridge.storage.remote import parse_location
 
 app = typer.Typer(
@@ -77,6 +79,7 @@ def import_(
     trust_remote_code: TrustRemoteCode = False,
     memory_budget: MemoryBudget = "1GiB",
     workers: Workers = None,
+    timeout: StallTimeout = HUNG,
     overwrite: Overwrite = False,
     resume: Resume = False,
     staging: Staging = None,
@@ -93,7 +96,7 @@ def import_(
     from bridge.crew.launch import crew_of
     from bridge.hub import is_hub_id, resolve_model
 
-    with crew_of(workers, (hf_model, megatron_path)) as crew:
+    with crew_of(workers, (hf_model, megatron_path), timeout=timeout) as crew:
         megatron = parse_location(megatron_path)
         hf = resolve_model(hf_model, weights=True, revision=revision)
         report = crew.run(
@@ -151,6 +154,7 @@ def export(
     trust_remote_code: TrustRemoteCode = False,
     memory_budget: MemoryBudget = "1GiB",
     workers: Workers = None,
+    timeout: StallTimeout = HUNG,
     overwrite: Overwrite = False,
     resume: Resume = False,
     staging: Staging = None,
@@ -167,7 +171,7 @@ def export(
     from bridge.crew.launch import crew_of
     from bridge.hub import resolve_model
 
-    with crew_of(workers, (megatron_path, hf_path, hf_model)) as crew:
+    with crew_of(workers, (megatron_path, hf_path, hf_model), timeout=timeout) as crew:
         megatron, hf = parse_location(megatron_path), parse_location(hf_path)
         resolved = None
         if hf_model is not None:
@@ -208,6 +212,7 @@ def synthesize(
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", help="Per file.")] = "5GB",
     memory_budget: MemoryBudget = "1GiB",
     workers: Workers = None,
+    timeout: StallTimeout = HUNG,
     overwrite: Overwrite = False,
     resume: Resume = False,
     staging: Staging = None,
@@ -218,7 +223,7 @@ def synthesize(
     from bridge.storage.synthetic import synthesize as write
 
     started = time.perf_counter()
-    with crew_of(workers, (config, hf_path)) as crew:
+    with crew_of(workers, (config, hf_path), timeout=timeout) as crew:
         nbytes = crew.run(
             write,
             parse_location(config),

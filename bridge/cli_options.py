@@ -75,6 +75,13 @@ Workers = Annotated[
         "starts its own.",
     ),
 ]  # fmt: skip
+StallTimeout = Annotated[
+    float,
+    typer.Option(
+        "--timeout", min=1,
+        help="Seconds without progress after which one of several processes is taken for hung.",
+    ),
+]  # fmt: skip
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing target once the new one is done.")
 ]

@@ -24,6 +24,7 @@ from bridge.casting import (
 )
 from bridge.consumers import consumer_notes
 from bridge.conversion import DONE_ALREADY, ConversionJob, ConversionOptions, ConversionReport
+from bridge.crew.agreement import agree_on_conversion
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, dtype_named
@@ -143,6 +144,7 @@ def import_checkpoint(
             hf_model_id=options.hf_model_id,
         )
         work = ConversionJob("hf_to_mcore", hf, megatron, plan, options, crew, dtype)
+        agree_on_conversion(work, files.files, (record.headers, record.index))
         names, left = side_files(hf)
         read = hf_side(source, names)
         left = [name for name in left if name not in source.headers and name != INDEX_NAME]
@@ -244,6 +246,7 @@ def export_checkpoint(
         }
         layouts, index = _hf_layouts(tensors, record, max_shard_size, dtype, str(source.root))
         work = ConversionJob("mcore_to_hf", megatron, hf, plan, options, crew, dtype)
+        agree_on_conversion(work, layouts, (source.iteration, dict(source.tensors), record))
         read = megatron_side(source)
         job = work.job(read, layouts, small=repr(index).encode(), beside=_beside(hf_model))
         if done := work.done_already(read, job):

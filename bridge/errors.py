@@ -325,12 +325,26 @@ class EnvironmentMissingError(BridgeError):
 
 
 class WorkerLostError(BridgeError):
-    """A process of a conversion that several do together has died, or does not come.
+    """A process of work that several do together has died, hangs, or does not come.
 
-    Killed for memory, or a machine that went away. The target did not appear.
+    Killed for memory, stopped, stuck at a disk, or a machine that went away; the message names it,
+    and where it hangs. The others have ended, and the target did not appear.
 
-    To mend it: run the command again; what the others have written is not kept.
+    To mend it: run the command again. Where a process is only slow, give a longer `--timeout`.
     """
 
     code = "BR501"
     exit_code = 3
+
+
+class DisagreementError(BridgeError):
+    """The processes of one conversion are not about to do the same thing.
+
+    They were given different options, see another source under the same path, or run other versions
+    of the bridge. Nothing has been written.
+
+    To mend it: the message says which rank has what. Start all of them with the same command and
+    the same software, on a file system that all of them see.
+    """
+
+    code = "BR502"

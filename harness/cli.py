@@ -28,6 +28,7 @@ from bridge.cli_options import (
     TrustRemoteCode,
 )
 from bridge.console import Results
+from bridge.crew.interrupts import Terminated, terminations_raise
 from bridge.errors import BridgeError, EnvironmentMissingError, LayoutError, UsageError
 from bridge.storage.input_files import follow_links_from_now_on
 from bridge.visible import visible, visible_line
@@ -326,15 +327,19 @@ class _Formatter(logging.Formatter):
 def main() -> None:
     """Run the command line; the entry point.
 
-    Exits with 0 (passed), 1 (a check failed), 2 (bad usage or input), 3 (could not run) or 130
-    (interrupted, which is typer's own doing). Errors a user can act on are printed without a
-    traceback; any other is our bug, exits with 3 and keeps its own.
+    Exits with 0 (passed), 1 (a check failed), 2 (bad usage or input), 3 (could not run), 130
+    (interrupted, which is typer's own doing) or 143 (told to end, by SIGTERM). Errors a user can
+    act on are printed without a traceback; any other is our bug, exits with 3 and keeps its own.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        _run_heard()
+        with terminations_raise():
+            _run_heard()
+    except Terminated:
+        sys.stderr.write("Terminated (SIGTERM).\n")
+        sys.exit(Terminated.exit_code)
     except BridgeError as error:
         sys.stderr.write(f"{error}\n")
         for note in getattr(error, "__notes__", ()):

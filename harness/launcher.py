@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -33,6 +34,8 @@ from harness.ranks import Hook, Outcome, RankFunction, RankSettings, Task
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT: Final = 300.0
+_COLLECTIVES: Final = "torch/distributed/"
+"""In the stack of a rank that waits for another."""
 _GRACE: Final = 1.0
 """Seconds in which the other ranks may still say what happened to them."""
 
@@ -143,8 +146,13 @@ class RankPool:
         except BaseException:
             self._end()
             raise
+        first = min(failures, key=lambda one: one.order)
+        if first.kind == "hung":
+            first = _first_to_hang(
+                [worker for worker in workers if worker.rank not in outcomes], tails, limit
+            )
         self._end()
-        raise self._error(min(failures, key=lambda one: one.order), layout, tails, function)
+        raise self._error(first, layout, tails, function)
 
     def warm_up(self) -> None:
         """Have Megatron-Core imported, without waiting for it."""
@@ -278,11 +286,26 @@ def _collect(
         if failures:
             deadline = min(deadline, min(one.at for one in failures) + _GRACE)
     if pending and not failures:
-        rank = min(pending)
-        others = f" (nor did ranks {sorted(pending)[1:]})" if len(pending) > 1 else ""
-        what = f"did not finish within {limit:g} s{others}"
-        failures.append(_Failure(rank=rank, kind="hung", what=what, outcome=Outcome(), at=0.0))
+        what = f"did not finish within {limit:g} s"  # which of them is for their stacks to say
+        failures.append(
+            _Failure(rank=min(pending), kind="hung", what=what, outcome=Outcome(), at=0.0)
+        )
     return outcomes, failures
+
+
+def _first_to_hang(workers: Sequence[Worker], tails: Mapping[int, str], limit: float) -> _Failure:
+    """Of ranks that did not finish, one that does not wait for another inside a collective."""
+    stopped = {worker.rank for worker in workers if worker.is_stopped()}
+    waiting = {worker.rank for worker in workers if _COLLECTIVES in tails[worker.rank]} - stopped
+    ranks = sorted(worker.rank for worker in workers)
+    rank = next((one for one in ranks if one not in waiting), ranks[0])
+    others = [one for one in ranks if one != rank]
+    what = f"did not finish within {limit:g} s"
+    if rank in stopped:
+        what += ": it is stopped, as by SIGSTOP"
+    if others:
+        what += f" (nor did ranks {others})"
+    return _Failure(rank=rank, kind="hung", what=what, outcome=Outcome(), at=0.0)
 
 
 def _clean_up(workers: list[Worker], private: Path) -> None:

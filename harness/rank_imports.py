@@ -10,9 +10,30 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
+import sys
 import warnings
+from types import FrameType
+from typing import Final
+
+from bridge.crew.interrupts import signal_at_parents_death
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+_PARENT: Final = os.getppid()
+
+
+def _end_with_parent(number: int, frame: FrameType | None) -> None:
+    """Leave when the user's process is gone; the kernel also says so of one of its threads."""
+    del number, frame
+    if os.getppid() != _PARENT:
+        os._exit(1)
+
+
+# A fork server lives as long as any of its ranks, and a rank that somebody has stopped cannot see
+# that nobody is there: with the server gone the kernel wakes it up (`harness.ranks`).
+if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
+    signal.signal(signal.SIGUSR2, _end_with_parent)
+    signal_at_parents_death(signal.SIGUSR2)
 
 # Megatron-Core and its optional packages announce on import what they do not find; the server's
 # streams are the user's terminal.

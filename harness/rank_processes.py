@@ -15,6 +15,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
+import psutil
+
 from bridge.crew.local import without_main
 from harness.ranks import RankSettings, serve
 
@@ -50,6 +52,9 @@ class Worker(Protocol):
 
     def is_idle(self) -> bool:
         """Whether it is alive and has nothing to say."""
+
+    def is_stopped(self) -> bool:
+        """Whether a signal has stopped it, as far as this host can tell."""
 
     def send(self, message: bytes) -> None:
         """Give it a task; one that has ended is noticed by `receive`."""
@@ -148,6 +153,12 @@ class LocalWorker:
     def is_idle(self) -> bool:
         """See `Worker`."""
         return self._process.is_alive() and not self._connection.poll()
+
+    def is_stopped(self) -> bool:
+        """See `Worker`."""
+        with contextlib.suppress(psutil.Error):
+            return bool(psutil.Process(self.pid).status() == psutil.STATUS_STOPPED)
+        return False
 
     def send(self, message: bytes) -> None:
         """See `Worker`."""

@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
+from bridge.crew.interrupts import signal_at_parents_death
 from bridge.errors import BridgeError
 from bridge.spec import ParallelLayout
 
@@ -226,6 +227,8 @@ def _settle(settings: RankSettings) -> None:
     os.dup2(log, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - descriptor 1
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - descriptor 2
+    # A rank that somebody has stopped goes on then, and ends as the others do: `_die_with`.
+    signal_at_parents_death(signal.SIGCONT)
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     parent = multiprocessing.parent_process()

@@ -6,17 +6,26 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import settings
 
 from bridge.dtypes import Words, dtype_named
 from bridge.storage.source import TensorInfo
 from bridge.tiling import Box
+
+if TYPE_CHECKING:
+    from tests import leftovers
+else:  # a module beside this file: tests are not a package
+    sys.path.append(str(Path(__file__).parent))
+    import leftovers
 
 settings.register_profile("dev", max_examples=50, deadline=None, print_blob=True)
 settings.register_profile("ci", max_examples=300, deadline=None, print_blob=True, derandomize=True)
@@ -46,6 +55,30 @@ def restore_torch_globals() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def nobody_stays_behind() -> Iterator[None]:
+    """The test leaves no spawned process behind, however it ends.
+
+    Those that were there before it are somebody else's.
+    """
+    here = psutil.Process()
+    before = leftovers.workers_below(here)
+    yield
+    assert leftovers.workers_below(here) - before == set()
+
+
+@pytest.fixture
+def session() -> Iterator[leftovers.Session]:
+    """A run that is to leave nothing behind; whatever it leaves goes with the test.
+
+    Its directory has a short name: sockets may lie in it.
+    """
+    with tempfile.TemporaryDirectory(prefix="nb-test-", ignore_cleanup_errors=True) as scratch:
+        found = leftovers.Session(Path(scratch))
+        yield found
+        found.kill()
 
 
 class ArraySource:

@@ -14,6 +14,7 @@ from click import Command
 
 import harness.cli  # noqa: F401 - it adds the commands
 from bridge.cli import app
+from bridge.crew import bounds
 from harness.suite import load_suite, parse_suite
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,15 @@ def test_the_batch_script_is_bash() -> None:
     """Read, not run."""
     (script,) = blocks("bash")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)  # noqa: S607 - the user's own
+
+
+def test_the_bounds_are_the_programs_own() -> None:
+    """The numbers of the table, row by row."""
+    (rows,) = re.findall(r"the run ends after .*?\n\n", PAGE, flags=re.DOTALL)
+    found = [int(number) for number in re.findall(r"(\d+) s\b[^|]*\|[^|]*\|\n", rows)]
+    assert found == [
+        bounds.DEATH, bounds.FROZEN, bounds.HUNG, bounds.JOIN, bounds.DEATH, bounds.LEAVE,
+    ]  # fmt: skip
 
 
 def test_errors_and_reasons_are_the_programs_own() -> None:

@@ -6,11 +6,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from bridge.crew import bounds
 from bridge.crew.interrupts import interrupts_pull
-from bridge.crew.protocol import Alone, Crew
+from bridge.crew.protocol import Alone
 from bridge.errors import UsageError
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from bridge.crew.torchrun import TorchrunCrew
 
 Result = TypeVar("Result")
 
@@ -22,10 +26,12 @@ class Launch:
     Args:
         workers: Processes on this machine; the crew is `crew` if there is one.
         crew: That has been started by somebody else.
+        timeout: Seconds without progress after which a process is taken for lost.
     """
 
     workers: int
-    crew: Crew | None
+    crew: TorchrunCrew | None
+    timeout: float = bounds.HUNG
 
     @property
     def rank(self) -> int:
@@ -49,23 +55,32 @@ class Launch:
             What it returns here.
 
         Raises:
-            WorkerLostError: BR501, a process has died.
+            WorkerLostError: BR501, a process has died, or hangs.
             BridgeError: Whatever the function raises, in whichever process.
         """
         if self.crew is not None:
-            return function(*args, crew=self.crew, **kwargs)
+            with self.crew.working():
+                return function(*args, crew=self.crew, **kwargs)
         if self.workers == 1:
             alone = Alone()
             with interrupts_pull(alone.brake):
                 return function(*args, crew=alone, **kwargs)
         from bridge.crew.local import led
 
-        with led(self.workers, function, args, kwargs) as lead, interrupts_pull(lead.brake):
+        with (
+            led(self.workers, function, args, kwargs, timeout=self.timeout) as lead,
+            interrupts_pull(lead.brake),
+        ):
             return function(*args, crew=lead, **kwargs)
 
 
 @contextmanager
-def crew_of(workers: int | None, places: Iterable[str | None] = ()) -> Iterator[Launch]:
+def crew_of(
+    workers: int | None,
+    places: Iterable[str | None] = (),
+    *,
+    timeout: float = bounds.HUNG,
+) -> Iterator[Launch]:
     """A crew of `workers` processes on this machine, or of torchrun's ranks.
 
     Under torchrun (`RANK` and a `WORLD_SIZE` above 1 in the environment) the ranks meet here. An
@@ -75,6 +90,8 @@ def crew_of(workers: int | None, places: Iterable[str | None] = ()) -> Iterator[
     Args:
         workers: Processes on this machine; None is 1, or torchrun's.
         places: What all of them will read and write, as the user named it; None is nothing.
+        timeout: Seconds without progress after which a process is taken for lost. One that gives
+            no sign of life is given up earlier, see `bounds.FROZEN`.
 
     Raises:
         UsageError: BR001, fewer than one, both `workers` and torchrun, or several processes and a
@@ -85,11 +102,11 @@ def crew_of(workers: int | None, places: Iterable[str | None] = ()) -> Iterator[
         if workers is not None and workers < 1:
             raise UsageError(f"{workers} workers cannot do any work", hint="give 1 or more")
         _refuse_private_memory(workers or 1, places)
-        yield Launch(workers or 1, None)
+        yield Launch(workers or 1, None, timeout)
         return
     from bridge.crew.torchrun import joined
 
-    with joined() as crew:
+    with joined(timeout) as crew:
         if workers is not None:
             raise UsageError(
                 "workers and torchrun both say how many processes there are",
@@ -97,7 +114,7 @@ def crew_of(workers: int | None, places: Iterable[str | None] = ()) -> Iterator[
                 hint="leave --workers away under torchrun; elsewhere, unset RANK and WORLD_SIZE",
             )
         _refuse_private_memory(crew.size, places)
-        yield Launch(crew.size, crew)
+        yield Launch(crew.size, crew, timeout)
 
 
 def _refuse_private_memory(size: int, places: Iterable[str | None]) -> None:

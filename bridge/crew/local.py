@@ -3,6 +3,8 @@
 The others, the hands, are spawned, and each is joined to the lead by a pipe. A hand sends what it
 has to give (values, bytes done, an error); the lead answers each round of values with all of them.
 The lead ends its hands when it leaves, however it leaves; a hand ends itself when the lead is gone.
+A hand gives signs of life, and says so itself when it makes no progress: the lead waits for nobody
+without a bound.
 """
 
 from __future__ import annotations
@@ -22,52 +24,29 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal
 
-from bridge.crew.interrupts import interrupts_held
+from bridge.crew import bounds
+from bridge.crew.fates import (
+    Loss,
+    Naming,
+    death_of,
+    hang_of,
+    lost_worker,
+    silence_of,
+    worker,
+)
+from bridge.crew.interrupts import interrupts_held, signal_at_parents_death
 from bridge.crew.protocol import Brake, Value
-from bridge.errors import BridgeError, WorkerLostError
+from bridge.crew.stacks import is_waiting, stacks
+from bridge.errors import BridgeError
 from bridge.progress import Advance, Progress
 
-_Message = tuple[Literal["value", "advance", "error", "crash", "done"], Any]
+_Kind = Literal["value", "advance", "alive", "hung", "error", "crash", "done"]
+_Message = tuple[_Kind, Any]
 
 _REPORT_EVERY: Final = 0.1
 """Seconds between two reports of bytes done."""
-_DEATH: Final = 5.0
-"""Seconds for a process whose pipe is closed to be gone."""
-
-
-class Loss(Protocol):
-    """Words for a hand that has died."""
-
-    def __call__(
-        self, rank: int, size: int, pid: int | None, how: str, *, killed: bool
-    ) -> WorkerLostError:
-        """What to raise; `killed` is by SIGKILL, as the system does when memory runs out."""
-        ...
-
-
-Naming = Callable[[int, int], str]
-"""Of a rank among so many."""
-
-
-def worker(rank: int, size: int) -> str:
-    """What a hand is called, unless its caller knows better."""
-    return f"worker {rank} of {size}"
-
-
-def lost_worker(
-    rank: int, size: int, pid: int | None, how: str, *, killed: bool
-) -> WorkerLostError:
-    """The `Loss` of a conversion."""
-    return WorkerLostError(
-        f"worker {rank} of {size} {how}; the target was not created",
-        where=f"process {pid}",
-        hint="if nobody killed it, memory ran out: lower --workers or --memory-budget, and run it "
-        "again"
-        if killed
-        else "run it again; what is above may say why it ended",
-    )
 
 
 @dataclass(slots=True)
@@ -77,7 +56,10 @@ class _Hand:
     rank: int
     process: BaseProcess
     connection: Connection
+    silence: bounds.Patience
     done: bool = False
+    hung: tuple[str, ...] | None = None
+    """The stacks that it has sent."""
 
 
 class LocalLead:
@@ -90,6 +72,7 @@ class LocalLead:
         kwargs: Picklable.
         lost: What to say when a hand has died.
         called: What to call a hand that has failed.
+        timeout: Seconds without progress after which a hand is taken for lost.
     """
 
     rank: Final = 0
@@ -102,8 +85,10 @@ class LocalLead:
         kwargs: Mapping[str, Any],
         lost: Loss,
         called: Naming,
+        timeout: float,
     ) -> None:
         self.size = size
+        self._timeout = timeout
         self._lost = lost
         self._called = called
         self.brake = Brake()
@@ -115,7 +100,7 @@ class LocalLead:
         self._hands: list[_Hand] = []
         try:
             for rank in range(1, size):
-                self._hands.append(_start(rank, size, function, args, kwargs))
+                self._hands.append(_start(rank, size, timeout, function, args, kwargs))
         except BaseException:
             self._end()
             raise
@@ -153,23 +138,27 @@ class LocalLead:
 
     def close(self) -> None:
         """The work is done: let the hands leave by themselves, and see that they do."""
-        deadline = time.monotonic() + _DEATH
         self._leaving = True
+        self._join()
+        self._end()
+
+    def _join(self) -> None:
+        """Wait until the hands are no more; one that the kernel holds is not waited for."""
+        deadline = time.monotonic() + bounds.DEATH
         for hand in self._hands:
             hand.process.join(max(0.0, deadline - time.monotonic()))
-        self._end()
 
     def _end(self) -> None:
         for hand in self._hands:
             hand.process.kill()
-        for hand in self._hands:
-            hand.process.join()
+        self._join()
         self._hands.clear()
 
     def _listen(self) -> None:
         hands = {hand.connection: hand for hand in self._hands}
+        accord = bounds.Patience(bounds.ACCORD)
         while hands:
-            for connection in multiprocessing.connection.wait(list(hands)):
+            for connection in multiprocessing.connection.wait(list(hands), timeout=bounds.BEAT):
                 hand = hands[connection]  # type: ignore[index]  # only connections are waited for
                 try:
                     self._take(hand, hand.connection.recv())
@@ -177,9 +166,31 @@ class LocalLead:
                     del hands[hand.connection]
                     hand.connection.close()
                     if not (hand.done or self._leaving):
-                        self._fail(_death(hand, self.size, self._lost))
+                        self._fail(self._lost(hand.rank, self.size, death_of(hand.process)))
+            if self._failure is None and not self._leaving:
+                self._look_at(list(hands.values()), accord)
+
+    def _look_at(self, hands: Sequence[_Hand], accord: bounds.Patience) -> None:
+        """Fail when a hand has been silent for too long, or hangs."""
+        for hand in hands:
+            if hand.silence.is_over() and not hand.done:
+                self._fail(
+                    self._lost(hand.rank, self.size, silence_of(hand.process, hand.silence.limit))
+                )
+                return
+        hung = [hand for hand in hands if hand.hung is not None]
+        if not hung:
+            accord.renew()
+        first = next((hand for hand in hung if not is_waiting(hand.hung or ())), None)
+        if accord.is_over() and hung and first is None:
+            first = hung[0]  # all of them wait for one another
+        if first is not None:
+            fate = hang_of(first.process, self._timeout, first.hung or ())
+            self._fail(self._lost(first.rank, self.size, fate))
 
     def _take(self, hand: _Hand, message: _Message) -> None:
+        hand.silence.renew()
+        hand.silence.limit = min(bounds.FROZEN, self._timeout)
         kind, content = message
         if kind == "advance":
             advance = self._advance
@@ -189,7 +200,9 @@ class LocalLead:
             with self._changed:
                 self._values[hand.rank] = content
                 self._changed.notify_all()
-        else:
+        elif kind == "hung":
+            hand.hung = content
+        elif kind != "alive":
             hand.done = True
             if kind == "error":
                 self._fail(content)
@@ -204,9 +217,16 @@ class LocalLead:
 
 
 class LocalHand:
-    """Any other rank of a crew on one machine."""
+    """Any other rank of a crew on one machine.
 
-    def __init__(self, rank: int, size: int, connection: Connection) -> None:
+    Args:
+        rank: From 1.
+        size: Of the crew.
+        connection: To the lead.
+        timeout: Seconds without progress after which it says that it hangs.
+    """
+
+    def __init__(self, rank: int, size: int, connection: Connection, timeout: float) -> None:
         self.rank = rank
         self.size = size
         self.brake = Brake()
@@ -214,6 +234,9 @@ class LocalHand:
         self._lock = threading.Lock()
         self._pending = 0
         self._reported = 0.0
+        self._progress = bounds.Patience(timeout)
+        self._is_waiting = False
+        threading.Thread(target=self._live, daemon=True, name="signs of life").start()
 
     def send(self, kind: str, content: object = None) -> None:
         """Tell the lead, after whatever bytes it has not heard of yet."""
@@ -224,7 +247,10 @@ class LocalHand:
     def gather(self, value: Value) -> list[Value]:
         """See `Crew`."""
         self.send("value", value)
+        self._is_waiting = True
         values: list[Value] = self._connection.recv()
+        self._progress.renew()
+        self._is_waiting = False
         return values
 
     @contextmanager
@@ -237,7 +263,21 @@ class LocalHand:
         """See `Crew`. The lead is told when this process leaves."""
         return error
 
+    def _live(self) -> None:
+        """Tell the lead that this process lives, or where it is when it gets no further."""
+        with suppress(OSError):  # the lead is gone
+            while True:
+                time.sleep(bounds.BEAT)
+                if self._is_waiting:
+                    self._progress.renew()
+                found = None
+                if self._progress.is_over():
+                    found = stacks(without={threading.get_ident()})
+                with self._lock:
+                    self._connection.send(("alive", None) if found is None else ("hung", found))
+
     def _count(self, nbytes: int) -> None:
+        self._progress.renew()
         with self._lock:
             self._pending += nbytes
             if time.monotonic() - self._reported >= _REPORT_EVERY:
@@ -259,9 +299,10 @@ def led(
     *,
     lost: Loss = lost_worker,
     called: Naming = worker,
+    timeout: float = bounds.HUNG,
 ) -> Iterator[LocalLead]:
     """A lead and its hands, which are gone when the block ends; see `LocalLead`."""
-    lead = LocalLead(size, function, args, kwargs, lost, called)
+    lead = LocalLead(size, function, args, kwargs, lost, called, timeout)
     try:
         yield lead
     except BaseException as error:
@@ -273,6 +314,7 @@ def led(
 def _start(
     rank: int,
     size: int,
+    timeout: float,
     function: Callable[..., object],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -282,32 +324,34 @@ def _start(
     ours, theirs = context.Pipe()
     process = context.Process(
         target=_serve,
-        args=(theirs, rank, size, function, args, kwargs),
+        args=(theirs, rank, size, timeout, function, args, kwargs),
         name=f"worker {rank}",
         daemon=True,
     )
     with theirs, without_main(), interrupts_held():
         process.start()
-    return _Hand(rank, process, ours)
+    return _Hand(rank, process, ours, bounds.Patience(bounds.JOIN))
 
 
 def _serve(
     connection: Connection,
     rank: int,
     size: int,
+    timeout: float,
     function: Callable[..., object],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> None:
     """Be a hand: the whole life of its process."""
-    threading.Thread(target=_end_with_lead, daemon=True).start()
-    crew = LocalHand(rank, size, connection)
+    signal_at_parents_death(signal.SIGKILL)  # the lead's thread that started us waits for us
+    threading.Thread(target=_end_with_lead, daemon=True, name="end with the lead").start()
+    crew = LocalHand(rank, size, connection, timeout)
     with suppress(OSError):  # the lead is gone, and so is everybody who could be told
         try:
             function(*args, crew=crew, **kwargs)
         except BridgeError as error:
             crew.send("error", error)
-        except Exception:  # noqa: BLE001 - the lead raises it, whatever it is
+        except BaseException:  # noqa: BLE001 - the lead raises it, whatever it is: sys.exit, too
             crew.send("crash", traceback.format_exc())
         else:
             crew.send("done")
@@ -318,19 +362,6 @@ def _end_with_lead() -> None:
     if lead is not None:
         multiprocessing.connection.wait([lead.sentinel])
         os._exit(1)  # in the middle of whatever the other threads do
-
-
-def _death(hand: _Hand, size: int, lost: Loss) -> WorkerLostError:
-    hand.process.join(_DEATH)
-    code = hand.process.exitcode
-    if code is None or code >= 0:
-        how = "ended early" if code is None else f"ended with exit code {code}"
-    else:
-        try:
-            how = f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            how = f"was killed by signal {-code}"
-    return lost(hand.rank, size, hand.process.pid, how, killed=code == -signal.SIGKILL)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
+from bridge.crew.fates import Fate
 from bridge.crew.launch import Launch, under_torchrun
 from bridge.crew.local import LocalHand, led
-from bridge.crew.protocol import Crew
 from bridge.errors import EnvironmentMissingError, LayoutError, WorkerLostError
 from bridge.generation.decoding import Continuation, OnStep, Step, generate
 from bridge.generation.sampling import Sampling
@@ -32,11 +32,14 @@ from bridge.spec import ParallelLayout
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
+    from bridge.crew.torchrun import TorchrunCrew
     from bridge.megatron_config import AttentionBackend
 
 _LOADING: Final = "loading"
 _DYING: Final = 1.0
 """Seconds for the pipe of a rank that has died to close, before others complain of its silence."""
+_LONGER: Final = 15.0
+"""Seconds that a collective waits longer than a rank that hangs needs to say so."""
 _STORE_PREFIX: Final = "nemotron_bridge/generate"
 _SMALLER: Final = "lower --batch-size or --max-new-tokens"
 _SPREAD: Final = "spread the model over more machines"
@@ -136,8 +139,11 @@ def _supervised(request: Request, progress: Progress, on_step: OnStep) -> list[C
     size = request.layout.world_size
     with (
         _new_meeting() as init_method,
-        led(size + 1, _serve, (request, init_method), {}, lost=_lost, called=_called) as lead,
-    ):
+        led(
+            size + 1, _serve, (request, init_method), {}, lost=_lost, called=_called,
+            timeout=request.timeout,
+        ) as lead,
+    ):  # fmt: skip
         nbytes = sum(lead.gather(0))
         with lead.phase(progress, _LOADING, nbytes):
             lead.gather(None)
@@ -180,29 +186,43 @@ def _called(rank: int, size: int) -> str:
     return f"rank {rank - 1} of {size - 1}"
 
 
-def _lost(rank: int, size: int, pid: int | None, how: str, *, killed: bool) -> WorkerLostError:
+def _lost(rank: int, size: int, fate: Fate) -> WorkerLostError:
+    if fate.killed:
+        hint = f"if nobody killed it, memory ran out: {_SMALLER}, or {_SPREAD}"
+    else:
+        hint = "what is above may say why it ended"
     return WorkerLostError(
-        f"{_called(rank, size)} {how}",
-        where=f"process {pid}",
-        hint=f"if nobody killed it, memory ran out: {_SMALLER}, or {_SPREAD}"
-        if killed
-        else "what is above may say why it ended",
+        f"{_called(rank, size)} {fate.how}", where=fate.where, hint=fate.hint or hint
     )
 
 
 def _as_torchruns_rank(
-    request: Request, crew: Crew, progress: Progress, on_step: OnStep
+    request: Request, crew: TorchrunCrew, progress: Progress, on_step: OnStep
 ) -> list[Continuation]:
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # at run time
 
-    loading = progress.phase if crew.rank == 0 else Silent().phase
+    from bridge.crew.torchrun import joined
+
+    phase = progress.phase if crew.rank == 0 else Silent().phase
     place = _Place(
         rank=crew.rank,
-        store=PrefixStore(_STORE_PREFIX, cast("Any", crew).store),
+        store=PrefixStore(_STORE_PREFIX, crew.store),
         local_rank=int(os.environ.get("LOCAL_RANK", crew.rank)),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", crew.size)),
     )
-    return _compute(request, place, lambda nbytes: loading(_LOADING, nbytes), on_step)
+    with joined(request.timeout, so="") as ranks, ranks.timed(is_timed=True):
+
+        @contextlib.contextmanager
+        def loading(nbytes: int) -> Iterator[Advance]:
+            with phase(_LOADING, nbytes) as advance:
+                yield ranks.renewing(ranks.brake.on(advance))
+
+        try:
+            return _compute(request, place, loading, ranks.renewing(on_step))
+        except RuntimeError as error:  # as of a collective whose other end is gone
+            if (lost := ranks.loss_behind()) is not None:
+                raise lost from error
+            raise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,8 +269,9 @@ def _compute_loudly(
     kind, _, attention = request.layers.partition("-")
     platform.initialize(
         place.rank, request.layout.world_size, request.layout, init_method=place.init_method,
-        store=place.store, device=request.device, timeout=timedelta(seconds=request.timeout),
-        local_rank=place.local_rank, local_world_size=place.local_world_size,
+        store=place.store, device=request.device,
+        timeout=timedelta(seconds=request.timeout + _LONGER), local_rank=place.local_rank,
+        local_world_size=place.local_world_size,
     )  # fmt: skip
     try:
         parts = build_model(

@@ -13,6 +13,7 @@ from typing import Self
 
 import numpy as np
 
+from bridge.crew.agreement import agree
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import share_of, shared_checkpoint
 from bridge.dtypes import Words, dtype_named
@@ -141,6 +142,7 @@ def synthesize(
         for name, info in source.tensors.items()
     }
     nbytes = total_nbytes(source.tensors.values())
+    agree(crew, {"config": spec, "--seed": seed, "target's files": layouts})
     mine = share_of(crew, layouts, [layout.size for layout in layouts])
     job = job_of(layouts, {}, resume=resume, config=hashlib.sha256(raw).hexdigest(), seed=str(seed))
     with shared_checkpoint(

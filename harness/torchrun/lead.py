@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Final
 
+from bridge.crew.interrupts import raise_until_heard, terminations_raise
 from harness.errors import WorkerFailedError
 from harness.rank_processes import LocalRanks, WorkerSource
 from harness.torchrun.meeting import Link, Member, gather, meet
 from harness.torchrun.ranks import TorchrunRanks
 
-_AGAIN: Final = 1.0
-"""Seconds until a word to end is repeated."""
 _led: TorchrunRanks | None = None
 
 
@@ -59,30 +56,17 @@ def led() -> Iterator[None]:
 @contextlib.contextmanager
 def ending() -> Iterator[None]:
     """Clear up and exit at SIGTERM, which torchrun sends when another process has ended."""
-    before = signal.signal(signal.SIGTERM, _end)
     try:
-        yield
+        with terminations_raise(_end):
+            yield
     except _ToldToEnd:
         sys.stderr.write(
             "HN202 torchrun ends this run: the process of another rank has ended\n"
             "help: torchrun's report says how; start again, with --resume if there is a --report\n"
         )
         sys.exit(WorkerFailedError.exit_code)
-    finally:
-        if signal.getsignal(signal.SIGALRM) is _end:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    """Raise, and again until it is heard: what is raised inside a weakref's callback is lost."""
     del number, frame
-    signal.signal(signal.SIGALRM, _end)
-    signal.setitimer(signal.ITIMER_REAL, _AGAIN)
-    handled = sys.exc_info()[1]
-    while handled is not None:
-        if isinstance(handled, _ToldToEnd):  # heard: whoever clears up is not to be disturbed
-            return
-        handled = handled.__context__
-    raise _ToldToEnd
+    raise_until_heard(_ToldToEnd(), _end)

@@ -58,6 +58,10 @@ class RemoteWorker:
         """See `Worker`."""
         return self._ended is None and not self._link.connection.poll(0)
 
+    def is_stopped(self) -> bool:
+        """See `Worker`: only its own host could tell."""
+        return False
+
     def send(self, message: bytes) -> None:
         """See `Worker`."""
         self._link.tell("task", message)

@@ -96,6 +96,7 @@ def test_codes_and_exit_statuses_are_the_published_ones() -> None:
         "PlanError": ("BR400", 3),
         "EnvironmentMissingError": ("BR500", 3),
         "WorkerLostError": ("BR501", 3),
+        "DisagreementError": ("BR502", 2),
     }
 
 

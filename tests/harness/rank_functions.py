@@ -123,3 +123,30 @@ def gone(pids: list[int]) -> bool:
             return True
         time.sleep(0.1)
     return False
+
+
+def wait_for(context: RankContext, rank: int, how: str) -> None:
+    """One rank is stopped, sleeps or leaves, while the others wait for it inside a collective."""
+    import torch
+
+    torch.distributed.barrier()
+    if context.rank == rank and how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if context.rank == rank and how == "sleep":
+        time.sleep(600)
+    if context.rank == rank and how == "exit":
+        sys.exit(7)
+    torch.distributed.barrier()
+
+
+def double(_bench: object, number: int) -> int:
+    """For `over_benches`: its process is stopped at 3, and killed at 5."""
+    if number in {3, 5}:
+        os.kill(os.getpid(), signal.SIGSTOP if number == 3 else signal.SIGKILL)
+    return 2 * number
+
+
+def say_and_sleep(_bench: object, directory: str) -> None:
+    """For `over_benches`: say the process id, and go on for ever."""
+    (Path(directory) / f"{os.getpid()}").touch()
+    time.sleep(600)

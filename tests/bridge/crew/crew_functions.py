@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,3 +126,71 @@ def import_on_a_full_disk(hf: Path, megatron: Path, *, full: int, crew: Crew) ->
         _import(hf, megatron, crew, lambda write: write)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
+def stop(rank: int, *, crew: Crew) -> None:
+    """One rank is stopped, as by a debugger, while the others wait for it."""
+    crew.gather(None)
+    if crew.rank == rank:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    crew.gather(None)
+
+
+def hang(rank: int, *, crew: Crew) -> None:
+    """One rank lives and gets no further with its work."""
+    crew.gather(None)
+    with crew.phase(Silent(), "work", 1):
+        if crew.rank == rank:
+            time.sleep(600)
+        crew.gather(None)
+
+
+def leave_by_exit(rank: int, *, crew: Crew) -> None:
+    """One rank calls sys.exit, as a library may."""
+    if crew.rank == rank:
+        sys.exit(7)
+    crew.gather(None)
+
+
+def work_slowly(seconds: float, *, crew: Crew) -> int:
+    """Rank 1 takes its time, in small steps, and the others wait; then rank 0 takes its own."""
+    with crew.phase(Silent(), "work", 100) as advance:
+        until = time.monotonic() + seconds
+        while crew.rank == 1 and time.monotonic() < until:
+            time.sleep(0.1)
+            advance(1)
+        crew.gather(None)
+    if crew.rank == 0:
+        time.sleep(seconds)
+    return len(crew.gather(None))
+
+
+def interrupt(rank: int, number: int, *, crew: Crew) -> None:
+    """One rank gets a signal that its launcher, or a user, sends to it alone."""
+    crew.gather(None)
+    if crew.rank == rank:
+        os.kill(os.getpid(), number)
+        time.sleep(600)
+    crew.gather(None)
+
+
+def throw(rank: int, when: str, *, crew: Crew) -> None:
+    """One rank has a bug: at the start, in the middle of its work, or at the end of it."""
+    if when == "start" and crew.rank == rank:
+        raise ZeroDivisionError(when)
+    with crew.phase(Silent(), "work", 3000) as advance:
+        for step in range(30):
+            time.sleep(0.01)
+            advance(1)
+            if when == "middle" and crew.rank == rank and step == 15:
+                raise ZeroDivisionError(when)
+        crew.gather(None)
+    if when == "end" and crew.rank == rank:
+        raise ZeroDivisionError(when)
+    crew.gather(None)
+
+
+def import_for_ever(hf: Path, megatron: Path, *, crew: Crew, **_: object) -> None:
+    """In place of `import_checkpoint`: every process says its id and hangs among its files."""
+    pids = megatron.parent / "pids"
+    import_and_hang(hf, megatron, pids=pids, crew=crew)

@@ -24,16 +24,7 @@ else:  # a module beside this file: tests are not a package
     import crew_functions as functions
 
 
-@pytest.fixture(autouse=True)
-def _nobody_stays_behind() -> Iterator[None]:
-    """No test leaves a worker behind, however it ends."""
-    yield
-    workers = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "multiprocessing.spawn" in " ".join(child.cmdline())
-    ]
-    assert workers == []
+pytestmark = pytest.mark.usefixtures("nobody_stays_behind")
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import random
-import socket
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,25 +13,15 @@ from bridge.convert import export_checkpoint, import_checkpoint
 from harness.toys import toy_named, write_checkpoint
 from tests.directories import files_of
 
+if TYPE_CHECKING:
+    from tests.bridge.crew.rank_scripts import free_port, ranks
+else:  # a module beside this file: tests are not a package
+    sys.path.append(str(Path(__file__).parent))
+    from rank_scripts import free_port, ranks
+
 pytestmark = pytest.mark.ranks
 
 ROOT = Path(__file__).parents[3]
-SCRIPT = f"""
-import signal
-import sys
-from pathlib import Path
-sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
-import crew_functions as functions
-from bridge.convert import export_checkpoint, import_checkpoint
-from bridge.crew.launch import crew_of
-from bridge.errors import BridgeError
-try:
-    with crew_of(WORKERS, PLACES) as crew:
-        BODY
-except BridgeError as error:
-    print(error)
-    sys.exit(error.exit_code)
-"""
 
 
 @pytest.fixture
@@ -43,66 +30,6 @@ def checkpoint(tmp_path: Path) -> Path:
     toy = toy_named("super-49b-v1")
     write_checkpoint(toy, tmp_path / "hf", dtype="bfloat16", max_shard_size=400_000)
     return tmp_path / "hf"
-
-
-def free_port() -> int:
-    """A port for the ranks to meet at, until they do.
-
-    Not one that the system gives out: between this look and theirs it could go to any connection
-    of another test, or to a rank's own that asks there before rank 0 listens.
-    """
-    while True:
-        port = random.randrange(20000, 32000)  # noqa: S311 - not for secrets
-        with socket.socket() as free, suppress(OSError):
-            free.bind(("127.0.0.1", port))
-            return port
-
-
-def ranks(
-    body: str,
-    directory: Path,
-    *,
-    size: int = 2,
-    workers: int | None = None,
-    places: tuple[str, ...] = (),
-) -> list[tuple[int, str, str]]:
-    """Run a script as ranks without torchrun, who would end the others when one fails.
-
-    Returns:
-        Exit status, stdout and stderr of each.
-    """
-    script = SCRIPT.replace("BODY", body).replace("WORKERS", str(workers))
-    script = script.replace("PLACES", repr(places))
-    (directory / "script.py").write_text(script)
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "script.py"],
-            cwd=directory,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "LOCAL_WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    return [
-        (process.returncode, out, err)
-        for process, (out, err) in zip(processes, outputs, strict=True)
-    ]
 
 
 def test_torchrun_imports_the_bytes_that_one_process_does(checkpoint: Path, tmp_path: Path) -> None:
@@ -221,14 +148,13 @@ def test_ranks_that_do_not_come_are_an_error_that_says_so(
 ) -> None:
     """A WORLD_SIZE left over in the environment is no reason to hang or to crash."""
     del tmp_path
-    from datetime import timedelta
 
-    from bridge.crew import torchrun
+    from bridge.crew import bounds
     from bridge.crew.launch import crew_of
     from bridge.errors import WorkerLostError
 
     port = free_port()
-    monkeypatch.setattr(torchrun, "_JOIN", timedelta(seconds=1))
+    monkeypatch.setattr(bounds, "JOIN", 1.0)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

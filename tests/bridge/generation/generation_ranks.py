@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -161,3 +163,35 @@ def serve_for_ever(_request: launch.Request, _init_method: str, *, crew: LocalHa
     crew.gather(None)
     while True:
         crew.gather(Step(tokens=((0, 7),), finished=()))
+
+
+def _serve_until(
+    what: Callable[[], None], request: launch.Request, init_method: str, crew: LocalHand
+) -> None:
+    """A rank as `launch` runs it, to whose second process something happens within a text."""
+    from bridge.generation.decoder import Decoder
+
+    healthy = Decoder.feed
+
+    def feed(self: Decoder, input_ids: torch.Tensor) -> torch.Tensor | None:
+        if self.num_tokens > 4 and crew.rank == 2:
+            what()
+        return healthy(self, input_ids)
+
+    Decoder.feed = feed  # type: ignore[method-assign]  # this process ends with it
+    launch._serve(request, init_method, crew=crew)
+
+
+def serve_and_stop(request: launch.Request, init_method: str, *, crew: LocalHand) -> None:
+    """It is stopped."""
+    _serve_until(lambda: os.kill(os.getpid(), signal.SIGSTOP), request, init_method, crew)
+
+
+def hang() -> None:
+    """Get no further."""
+    time.sleep(600)
+
+
+def serve_and_hang(request: launch.Request, init_method: str, *, crew: LocalHand) -> None:
+    """It hangs."""
+    _serve_until(hang, request, init_method, crew)

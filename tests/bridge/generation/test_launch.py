@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 
 from bridge.crew.launch import Launch
@@ -27,21 +27,9 @@ else:  # a module beside this file: tests are not a package
     sys.path.append(str(Path(__file__).parent))
     import generation_ranks as ranks
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.usefixtures("nobody_stays_behind")]
 
 HERE = Launch(workers=1, crew=None)
-
-
-@pytest.fixture(autouse=True)
-def _nobody_stays_behind() -> Iterator[None]:
-    """No test leaves a rank behind, however it ends."""
-    yield
-    ranks_left = [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "multiprocessing.spawn" in " ".join(child.cmdline())
-    ]
-    assert ranks_left == []
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +67,22 @@ def test_a_rank_that_is_killed_is_named_and_takes_the_others_along(
         run(request_of("tp1-pp2"), HERE, progress=Silent(), on_step=steps.append)
     assert len(steps) == 4
     assert "memory ran out" in (caught.value.hint or "")
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize(
+    ("serve", "said"),
+    [("serve_and_stop", "has given no sign of life for"), ("serve_and_hang", "has made no")],
+)
+def test_a_rank_that_stops_or_hangs_is_named_and_not_the_one_that_waits_for_it(
+    request_of: Callable[[str], Request], monkeypatch: pytest.MonkeyPatch, serve: str, said: str
+) -> None:
+    """Long before gloo gives up; with the stack, where there is one."""
+    monkeypatch.setattr(launch, "_serve", getattr(ranks, serve))
+    request = replace(request_of("tp1-pp2"), timeout=25)
+    with pytest.raises(WorkerLostError, match=f"rank 1 of 2 {said}") as caught:
+        run(request, HERE, progress=Silent(), on_step=lambda _: None)
+    assert (" in hang " in " ".join(caught.value.where)) is (serve == "serve_and_hang")
 
 
 def test_ctrl_c_ends_the_ranks(

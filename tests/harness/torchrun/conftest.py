@@ -73,9 +73,13 @@ class Started:
             process.communicate()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def started() -> Iterator[Callable[[int, int], Started]]:
-    """Make the processes of a run: `started(size, per_host)`."""
+    """Make the processes of a run: `started(size, per_host)`.
+
+    They are waited for when their module ends: one that nobody waits for stays a zombie, and every
+    later test of this process would meet it among its children.
+    """
     made: list[Started] = []
 
     def make(size: int, per_host: int) -> Started:

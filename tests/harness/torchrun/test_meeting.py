@@ -160,9 +160,10 @@ def test_the_word_to_end_is_repeated_until_it_is_heard_and_not_after() -> None:
     """Lost once, as in a weakref's callback; then clearing up takes longer than a repetition."""
     code = textwrap.dedent("""
         import contextlib, os, signal, time
+        from bridge.crew import interrupts
         from harness.torchrun import lead
 
-        lead._AGAIN = 0.2
+        interrupts._AGAIN = 0.2
         with lead.ending():
             with contextlib.suppress(BaseException):
                 os.kill(os.getpid(), signal.SIGTERM)
