@@ -22,6 +22,7 @@ from bridge.rounding import Rounding, largest_finite, round_words, values_of
 from bridge.storage.safetensors import ShardHeader
 from bridge.storage.safetensors_layout import layout_shard
 from bridge.storage.source import TensorInfo, TensorSource
+from bridge.strict_json import parse_json
 from bridge.tiling import Box, bands
 
 _PIECE: Final = 1 << 17
@@ -245,7 +246,7 @@ def stated_dtype(config: bytes, *, where: str) -> str | None:
 
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
     try:
-        found = json.loads(data)
+        found = parse_json(data)
     except ValueError as error:
         raise CorruptFileError(f"not JSON: {error}", where=where) from None
     if not isinstance(found, dict):

@@ -15,6 +15,7 @@ from bridge.cli_options import (
     AllowOverflow,
     CarryField,
     DtypeChoice,
+    FollowLinks,
     HfModel,
     Json,
     MemoryBudget,
@@ -78,6 +79,7 @@ def import_(
     overwrite: Overwrite = False,
     staging: Staging = None,
     revision: Revision = None,
+    follow_links: FollowLinks = False,
     carry: CarryField = None,
     json_: Json = False,
 ) -> None:
@@ -109,6 +111,7 @@ def import_(
                 hf_model_id=hf_model if is_hub_id(hf_model) else None,
                 dtype=dtype,
                 allow_overflow=allow_overflow,
+                follow_links=follow_links,
             ),
         )
     if crew.rank:
@@ -148,6 +151,7 @@ def export(
     overwrite: Overwrite = False,
     staging: Staging = None,
     revision: Revision = None,
+    follow_links: FollowLinks = False,
     carry: CarryField = None,
     json_: Json = False,
 ) -> None:
@@ -179,6 +183,7 @@ def export(
                 staging=staging,
                 dtype=dtype,
                 allow_overflow=allow_overflow,
+                follow_links=follow_links,
             ),
         )
     if crew.rank:

@@ -16,6 +16,7 @@ import typer
 
 from bridge.console import RichProgress, parse_size
 from bridge.errors import UsageError
+from bridge.storage.input_files import follow_links_from_now_on
 
 if TYPE_CHECKING:
     from bridge.conversion import ConversionOptions
@@ -117,6 +118,13 @@ AllowOverflow = Annotated[
         "--allow-overflow", help="Let values too large for --dtype become infinite, not an error."
     ),
 ]
+FollowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links",
+        help="Read files that are links to somewhere outside the checkpoint, such as another disk.",
+    ),
+]
 Revision = Annotated[
     str | None, typer.Option("--revision", help="Branch, tag or commit, for a Hub id.")
 ]
@@ -165,6 +173,7 @@ def conversion_options(
     hf_model_id: str | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     allow_overflow: bool = False,
+    follow_links: bool = False,
 ) -> ConversionOptions:
     """What `import` and `export` do alike.
 
@@ -174,6 +183,8 @@ def conversion_options(
     """
     from bridge.conversion import ConversionOptions
 
+    if follow_links:
+        follow_links_from_now_on()
     if allow_overflow and dtype is None:
         raise UsageError(
             "--allow-overflow without --dtype: nothing is rounded, so nothing can overflow",
@@ -190,4 +201,5 @@ def conversion_options(
         dtype=dtype,
         exact=verify == "full",
         allow_overflow=allow_overflow,
+        follow_links=follow_links,
     )

@@ -46,6 +46,7 @@ class ConversionOptions:
         dtype: torch's name of the dtype to write; None writes what is read, byte for byte.
         exact: Refuse a dtype that changes the source's.
         allow_overflow: Let values that are too large for it become infinite.
+        follow_links: Read files that are links to somewhere outside their checkpoint.
     """
 
     limits: TransferLimits = field(default_factory=TransferLimits)
@@ -58,6 +59,7 @@ class ConversionOptions:
     dtype: DtypeName | None = None
     exact: bool = False
     allow_overflow: bool = False
+    follow_links: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

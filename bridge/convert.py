@@ -47,6 +47,7 @@ from bridge.record import (
 )
 from bridge.side_files import carry, refuse_changed_config, write_side_files
 from bridge.spec import ModelSpec
+from bridge.storage.input_files import obeys_follow_links
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource
@@ -64,6 +65,7 @@ DEFAULT_MAX_SHARD_SIZE: Final = 5_000_000_000
 _IMPORTED_ITERATION: Final = 0
 
 
+@obeys_follow_links
 def import_checkpoint(
     hf: Location,
     megatron: Location,
@@ -173,6 +175,7 @@ def import_checkpoint(
         return job.report(tensors, plan.hf_to_mcore, digests, notes)
 
 
+@obeys_follow_links
 def export_checkpoint(
     megatron: Location,
     hf: Location,

@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
+from bridge.visible import visible_line
+
 _MAX_SHOWN: Final = 50
 
 
@@ -42,7 +44,8 @@ class BridgeError(Exception):
     def __str__(self) -> str:
         """Render the diagnostic: code and message, places, help.
 
-        All places are in `where`; a screenful of them is printed.
+        All places are in `where`; a screenful of them is printed. Each is one line whatever names
+        are in it, and no terminal does what they say.
         """
         shown = self.where[:_MAX_SHOWN]
         lines = [f"{self.code} {self.message}", *(f"  --> {place}" for place in shown)]
@@ -50,7 +53,7 @@ class BridgeError(Exception):
             lines.append(f"  ... and {len(self.where) - len(shown)} more")
         if self.hint:
             lines.append(f"help: {self.hint}")
-        return "\n".join(lines)
+        return "\n".join(map(visible_line, lines))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Survive the trip between rank processes, keyword arguments included."""
@@ -232,6 +235,19 @@ class DtypeMismatchError(CheckpointError):
     """
 
     code = "BR303"
+
+
+class UnsafeFileError(CheckpointError):
+    """A file that leads out of its checkpoint, or that is no file.
+
+    A link to somewhere else, which could be a private key that an export would carry along; a FIFO,
+    which nobody ever writes to; a device. Links inside the Hub's cache are followed.
+
+    To mend it: put the file itself there. Where the links are your own, such as weights on another
+    disk, `--follow-links` allows them.
+    """
+
+    code = "BR307"
 
 
 class TargetExistsError(CheckpointError):

@@ -19,6 +19,7 @@ from typing import Any, Final
 from bridge.errors import ConfigError
 from bridge.hf_fields import Findings, is_number, same_value
 from bridge.spec import (
+    MAX_LAYERS,
     AttentionSpec,
     BlockSpec,
     FfnSpec,
@@ -117,7 +118,8 @@ def read_blocks(
             f"block_configs has {len(blocks)} entries, num_hidden_layers={num_layers}"
         )
     found = []
-    for layer_idx, block in enumerate(blocks):
+    # What is beyond any model is refused above, or with the model; none of it is looked at.
+    for layer_idx, block in enumerate(blocks[:MAX_LAYERS]):
         place = f"block_configs[{layer_idx}]"
         if not isinstance(block, Mapping):
             findings.inconsistent.append(f"{place} must be an object")

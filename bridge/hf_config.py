@@ -12,8 +12,6 @@ one error. Nothing is taken from "block 0": each block is read on its own.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final, overload
@@ -29,7 +27,9 @@ from bridge.spec import (
     ModelSpec,
     SwiGLU,
 )
+from bridge.storage.input_files import MAX_JSON, read_input
 from bridge.storage.remote import Location
+from bridge.strict_json import parse_json
 
 CONFIG_NAME: Final = "config.json"
 LLAMA: Final = "LlamaForCausalLM"
@@ -55,7 +55,7 @@ def load_hf_config(path: Location) -> dict[str, Any]:
     """
     file = config_file(path)
     try:
-        config = json.loads(file.read_bytes(), object_pairs_hook=_unique, parse_constant=_refuse)
+        config = parse_json(read_input(file, most=MAX_JSON))
     except FileNotFoundError:
         raise ConfigError(
             "no configuration there",
@@ -88,20 +88,6 @@ def _depth_exceeds(value: object, limit: int) -> bool:
             for child in (one.values() if isinstance(one, dict) else one)
         ]
     return any(isinstance(one, dict | list) for one in level)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        repeated = sorted(
-            key for key, count in Counter(key for key, _ in pairs).items() if count > 1
-        )
-        raise ValueError(f"repeated key {', '.join(repeated)}")
-    return found
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def spec_from_hf_config(

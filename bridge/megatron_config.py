@@ -26,6 +26,7 @@ from bridge.spec import (
     ParallelLayout,
     SwiGLU,
 )
+from bridge.strict_json import parse_json
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -266,8 +267,8 @@ def blocks_from_heterogeneous_json(
         UnmappedFieldError: BR102, fields with no known meaning.
     """
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        config = parse_json(text)
+    except ValueError as error:
         raise InconsistentConfigError(f"not JSON: {error}", where=where) from None
     if not isinstance(config, Mapping) or "block_configs" not in config:
         raise InconsistentConfigError("block_configs is missing", where=where)

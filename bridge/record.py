@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage.input_files import is_plain_name
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import SINGLE_NAME, ShardHeader, parse_header
 from bridge.storage.target import read_small_file
+from bridge.strict_json import parse_json
 
 RECORD_NAME: Final = "nemotron_bridge.json"
 SIDE_DIRECTORY: Final = "hf_source"
@@ -74,7 +76,7 @@ class SourceRecord:
 
 def _described_size(raw: bytes, where: str) -> int:
     try:
-        entries: dict[str, Any] = json.loads(raw[8:])
+        entries: dict[str, Any] = parse_json(raw[8:])
         ends = [
             entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"
         ]
@@ -93,7 +95,7 @@ def read_record(checkpoint: Location) -> SourceRecord | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(read_small_file(path))
+        found = parse_json(read_small_file(path))
         if found["format_version"] != FORMAT_VERSION:
             raise CheckpointError(
                 f"written in format {found['format_version']}, this version reads {FORMAT_VERSION}",
@@ -112,7 +114,7 @@ def read_record(checkpoint: Location) -> SourceRecord | None:
 
 def _parse(found: Mapping[str, Any]) -> SourceRecord:
     # Shard names become paths of the export: nothing but a plain file name may stand there.
-    if any("/" in file or not file.endswith(".safetensors") for file in found["shards"]):
+    if not all(is_plain_name(one) and one.endswith(".safetensors") for one in found["shards"]):
         raise ValueError("a shard's name is not that of a file")
     if found["index"] is None and set(found["shards"]) != {SINGLE_NAME}:
         raise ValueError(f"no index, which shards other than {SINGLE_NAME} have")

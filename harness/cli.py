@@ -21,6 +21,7 @@ from bridge.cli import app
 from bridge.cli_options import (
     CarryField,
     DeviceName,
+    FollowLinks,
     Json,
     LayersName,
     Revision,
@@ -28,6 +29,7 @@ from bridge.cli_options import (
 )
 from bridge.console import Results
 from bridge.errors import BridgeError, EnvironmentMissingError, LayoutError, UsageError
+from bridge.storage.input_files import follow_links_from_now_on
 from harness import (
     cli_bench,
     cli_blocks,
@@ -116,6 +118,7 @@ def verify(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     revision: Revision = None,
+    follow_links: FollowLinks = False,
     carry: CarryField = None,
     timeout: Timeout = 1800.0,
     list_only: ListOnly = False,
@@ -147,6 +150,8 @@ def verify(
         with_references,
     )
 
+    if follow_links:
+        follow_links_from_now_on()
     wanted = checks_named(checks)
     streaming = cli_stream.StreamOptions(
         config=config, seed=seed, stream=stream, blocks=blocks, memory_budget=memory_budget,

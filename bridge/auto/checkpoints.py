@@ -6,8 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from bridge.agreement import check_agreement
 from bridge.auto.groups import crew_here
 from bridge.auto.source import small_files
@@ -24,6 +22,7 @@ from bridge.storage.megatron import MegatronSource
 from bridge.storage.remote import Location, parse_location
 from bridge.storage.target import read_small_file, refuse_overlap
 from bridge.storage.torch_dist_iteration import open_checkpoint
+from bridge.strict_yaml import parse_yaml
 
 if TYPE_CHECKING:
     from bridge.auto.base import ModelBridge
@@ -127,8 +126,8 @@ def hf_model_id_of(path: str | Path) -> str | None:
     if not theirs.is_file():
         return None
     try:
-        model = yaml.safe_load(read_small_file(theirs)).get("model", {})
-    except (yaml.YAMLError, AttributeError) as error:
+        model = parse_yaml(read_small_file(theirs)).get("model", {})
+    except (ValueError, AttributeError) as error:
         raise CorruptFileError(f"not a run's configuration: {error}", where=str(theirs)) from None
     found = model.get("hf_model_id") if isinstance(model, dict) else None
     return None if found is None else str(found)

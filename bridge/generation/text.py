@@ -16,6 +16,7 @@ from typing import Any, Final
 from bridge.errors import CheckpointError, ConfigError, UsageError
 from bridge.storage.remote import Location
 from bridge.storage.target import read_small_file
+from bridge.strict_json import parse_json
 
 _FILES: Final = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 _REMEDY: Final = (
@@ -213,7 +214,7 @@ def stop_token_ids(
     found: object = None
     if directory is not None and (path := directory / "generation_config.json").is_file():
         try:
-            found = json.loads(read_small_file(path)).get(_END)
+            found = parse_json(read_small_file(path)).get(_END)
         except (ValueError, AttributeError) as error:
             raise ConfigError(f"not a generation configuration: {error}", where=str(path)) from None
     if found is None:

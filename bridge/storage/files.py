@@ -16,6 +16,7 @@ import numpy as np
 
 from bridge.dtypes import Words
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage.input_files import links_are_followed, open_input
 from bridge.tiling import Box, Shape
 
 _SMALL_ROW: Final = 4096  # bytes; narrower column slices are cut out of complete rows
@@ -76,13 +77,15 @@ class FileRanges:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._descriptors: dict[str, int] = {}
+        self._follow = links_are_followed()  # by whoever opens it; threads read it later
         self._lock = Lock()
 
     def _descriptor(self, name: str) -> int:
         with self._lock:
             if name not in self._descriptors:
                 try:
-                    self._descriptors[name] = os.open(self.directory / name, os.O_RDONLY)
+                    path = self.directory / name
+                    self._descriptors[name] = open_input(path, follow=self._follow)
                 except OSError as error:
                     raise CheckpointError(
                         f"cannot open the file: {error.strerror}", where=str(self.directory / name)

@@ -1,8 +1,24 @@
-"""A walk over a pickle's opcodes, before anything is built from them."""
+"""A walk over a pickle's opcodes, before anything is built from them.
+
+What a pickle builds can be far bigger than the pickle. One flipped bit makes the memo 30 GiB. Forty
+tuples of two, each the one before twice, are 10^12 numbers to whoever hashes or prints the last;
+a hundred thousand tuples of one, each in the next, overflow the stack in the hash of the outermost
+and kill the process. So the walk keeps a stack of sizes, and refuses what grows beyond all use.
+"""
 
 from __future__ import annotations
 
 import pickletools
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Final
+
+_MAX_SIZE: Final = 1 << 24
+"""Of a tuple: of its elements' sizes the sum, doubled; so no more than 23 are nested."""
+_MAX_OPCODES: Final = 1 << 25
+"""Each of which makes at most one object, of some 100 bytes."""
+_MAX_REPEATED: Final = 1 << 28
+"""Sizes of all tuples that are used again, added up: what hashing them all can cost."""
 
 
 def _argument_sizes() -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
@@ -27,38 +43,141 @@ def _argument_sizes() -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
     return fixed, prefixed, lines
 
 
+def _stack_effects() -> dict[int, tuple[int, bool, int]]:
+    """Opcode to how many it pops above the mark or at all, whether up to a mark, what it pushes."""
+    effects = {}
+    for opcode in pickletools.opcodes:
+        to_mark = pickletools.markobject in opcode.stack_before
+        popped = len(opcode.stack_before)
+        if to_mark:  # what stands before the mark, such as the list that is appended to
+            popped = opcode.stack_before.index(pickletools.markobject)
+        effects[ord(opcode.code)] = popped, to_mark, len(opcode.stack_after)
+    return effects
+
+
+_MARK, _POP, _DUP, _STOP, _MEMOIZE = (ord(code) for code in "(02.\x94")
+_PUTS: Final = frozenset(map(ord, "pqr"))
+_GETS: Final = frozenset(map(ord, "ghj"))
+_TUPLES: Final = frozenset(map(ord, "t\x85\x86\x87"))
+_REFUSED: Final = frozenset(map(ord, "\x82\x83\x84"))  # extension codes
 _FIXED, _PREFIXED, _LINES = _argument_sizes()
+_EFFECTS: Final = _stack_effects()
+_PLAIN: Final = {
+    code: width
+    for code, width in _FIXED.items()
+    if _EFFECTS[code] == (0, False, 1) and code not in {*_GETS, *_REFUSED, _MARK, _DUP}
+}
+"""Opcodes that push one plain value, to their argument's bytes: most of any pickle."""
 
 
 def refuse_bombs(data: bytes) -> None:
-    """Walk the opcodes and refuse lengths and memo indices that no real pickle has.
+    """Walk the opcodes and refuse what costs more than a pickle of this length should.
 
     `pickle.Unpickler` allocates and clears a memo up to the highest index it is given: one flipped
     bit can make that 30 GiB.
 
     Raises:
-        ValueError: An index above the number of bytes, an unknown opcode, or no end.
+        ValueError: An index above the number of bytes, tuples in tuples beyond all use, an opcode
+            that is unknown or means what this process has registered, or no end.
+        LookupError: It takes what it has not put there.
     """
     position, size = 0, len(data)
-    while position < size:
+    sizes: list[int] = []  # of what is on the stack: 1 of whatever no hash looks into
+    marks: list[int] = []
+    memo: dict[int, int] = {}
+    repeated = 0
+    push = sizes.append
+    for _ in range(_MAX_OPCODES):
+        if position >= size:
+            raise ValueError("it does not end")
         code = data[position]
         position += 1
-        if code == ord("."):
+        if code in _PLAIN:
+            position += _PLAIN[code]
+            push(1)
+            continue
+        if code == _MEMOIZE:
+            memo[len(memo)] = sizes[-1]
+            continue
+        if code == _MARK:
+            marks.append(len(sizes))
+            continue
+        if code == _STOP:
             return
-        if code in _FIXED:
-            width = _FIXED[code]
-            if code == ord("r") and int.from_bytes(data[position : position + 4], "little") > size:
+        start = position
+        position = _after_argument(data, code, position)
+        if code in _PUTS or code in _GETS:
+            argument = data[start:position]
+            index = int(argument) if code in _LINES else int.from_bytes(argument, "little")
+            if index > size:
                 raise ValueError("a memo index beyond its size")
-            position += width
-        elif code in _PREFIXED:
-            width = _PREFIXED[code]
-            position += width + int.from_bytes(data[position : position + width], "little")
-        elif code in _LINES:
-            start = position
-            for _ in range(_LINES[code]):
-                position = data.find(b"\n", position) + 1 or size
-            if code == ord("p") and int(data[start:position]) > size:
-                raise ValueError("a memo index beyond its size")
+            if code in _PUTS:
+                memo[index] = sizes[-1]
+                continue
+            push(memo[index])
+            repeated += memo[index]
+        elif code == _DUP:
+            push(sizes[-1])
+            repeated += sizes[-1]
+        elif code == _POP and marks and marks[-1] == len(sizes):
+            marks.pop()
         else:
-            raise ValueError(f"unknown opcode {code:#x}")
-    raise ValueError("it does not end")
+            popped, to_mark, pushed = _EFFECTS[code]
+            first = marks.pop() if to_mark else len(sizes) - popped
+            made = 1 + 2 * sum(sizes[first:]) if code in _TUPLES else 1
+            if made > _MAX_SIZE or first < 0:
+                raise ValueError("it nests tuples beyond all use, or takes what is not there")
+            del sizes[first - popped if to_mark else first :]
+            if pushed:
+                push(made)
+        if repeated > _MAX_REPEATED:
+            raise ValueError("it repeats itself beyond all use")
+    raise ValueError(f"it has more than {_MAX_OPCODES} opcodes")
+
+
+def _after_argument(data: bytes, code: int, position: int) -> int:
+    if code in _REFUSED:
+        raise ValueError("an extension code: its meaning is not in the file")
+    if code in _FIXED:
+        return position + _FIXED[code]
+    if code in _PREFIXED:
+        width = _PREFIXED[code]
+        return position + width + int.from_bytes(data[position : position + width], "little")
+    if code not in _LINES:
+        raise ValueError(f"unknown opcode {code:#x}")
+    for _ in range(_LINES[code]):
+        position = data.find(b"\n", position) + 1 or len(data)
+    return position
+
+
+def refuse_repetition(value: object) -> None:
+    """Refuse lists and mappings that hold one another so often that nobody could print them.
+
+    Of tuples the walk has seen it. What lists hold is known when all of them are built.
+
+    Raises:
+        ValueError: Written out, it has more than 16 million values, or it holds itself.
+    """
+    sizes: dict[int, int] = {}
+    waiting: list[object] = [value]
+    while waiting:
+        one = waiting[-1]
+        children = _children(one)
+        if id(one) in sizes:
+            waiting.pop()
+            if sizes[id(one)] == 0:
+                size = 1 + sum(sizes.get(id(child), 1) or _MAX_SIZE for child in children)
+                if size > _MAX_SIZE:
+                    raise ValueError("it holds more than any checkpoint needs, or itself")
+                sizes[id(one)] = size
+            continue
+        sizes[id(one)] = 0  # open: whoever meets it again meanwhile is inside it
+        waiting += [child for child in children if _children(child) and id(child) not in sizes]
+
+
+def _children(value: object) -> Sequence[object]:
+    if isinstance(value, Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, list | tuple | set | frozenset) else ()

@@ -7,20 +7,21 @@ many bytes of JSON, then the data. Source: https://github.com/huggingface/safete
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Final, Self
 
 from bridge.dtypes import Words, dtype_from_safetensors
 from bridge.errors import CheckpointError, CorruptFileError
 from bridge.storage.extents import Extent, flat_index, is_contiguous
+from bridge.storage.input_files import MAX_JSON, is_plain_name, open_stream, read_input
 from bridge.storage.remote import Location
 from bridge.storage.remote_ranges import each_file, open_ranges
 from bridge.storage.source import TensorInfo
+from bridge.strict_json import parse_json
 from bridge.tiling import Box
 
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -55,7 +56,7 @@ def read_header(directory: Location, file: str) -> ShardHeader:
     """
     path = directory / file
     try:
-        with path.open("rb") as stream:
+        with open_stream(path) as stream:
             size = path.stat().st_size
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
@@ -72,8 +73,8 @@ def read_header(directory: Location, file: str) -> ShardHeader:
 def parse_header(raw: bytes, *, file: str, size: int, where: str) -> ShardHeader:
     """Parse raw header bytes of a file of `size` bytes. Raises as `read_header`."""
     try:
-        entries = json.loads(raw[8:], object_pairs_hook=_unique)
-        entries.pop("__metadata__", None)
+        entries = parse_json(raw[8:])
+        _check_metadata(entries.pop("__metadata__", {}))
         spans = sorted(
             (_stored(name, entry, file, len(raw), where) for name, entry in entries.items()),
             key=lambda pair: (pair[1].offset, pair[1].info.nbytes),  # empty ones first
@@ -100,11 +101,9 @@ def parse_header(raw: bytes, *, file: str, size: int, where: str) -> ShardHeader
     return ShardHeader(file=file, raw=raw, tensors=dict(spans))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return found
+def _check_metadata(found: object) -> None:
+    if not isinstance(found, dict) or not all(isinstance(one, str) for one in found.values()):
+        raise ValueError("__metadata__ is not strings by name")
 
 
 def _stored(
@@ -213,7 +212,7 @@ def _weight_files(directory: Location) -> list[str]:
     index = _read_index(directory)
     if index is not None:
         named = sorted({str(name) for name in index.values()})
-        strange = [name for name in named if PurePosixPath(name).name != name or "\\" in name]
+        strange = [name for name in named if not is_plain_name(name)]
         if strange:
             raise CorruptFileError(
                 f"the index names files outside the directory: {', '.join(strange)}",
@@ -246,7 +245,7 @@ def _weight_files(directory: Location) -> list[str]:
 def _read_index(directory: Location) -> Mapping[str, object] | None:
     path = directory / INDEX_NAME
     try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        index = parse_json(read_input(path, most=MAX_JSON))
         weight_map = index["weight_map"]
     except FileNotFoundError:
         return None

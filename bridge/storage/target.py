@@ -11,6 +11,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Final
 
 from bridge.errors import CheckpointError, TargetExistsError, UsageError
+from bridge.storage.input_files import read_input
 from bridge.storage.remote import Location, RemotePath
 
 _PARTIAL: Final = ".partial-"
@@ -191,8 +192,12 @@ def write_small_file(directory: Path, name: str, data: bytes) -> None:
 
 
 def read_small_file(path: Location) -> bytes:
-    """Read a file whole. Raises CheckpointError BR300 when the system refuses."""
+    """Read a file whole.
+
+    Raises:
+        CheckpointError: BR300 when the system refuses, or as `read_input`.
+    """
     try:
-        return path.read_bytes()
+        return read_input(path)
     except OSError as error:
         raise CheckpointError(f"cannot read the file: {error.strerror}", where=str(path)) from None

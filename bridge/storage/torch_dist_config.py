@@ -6,7 +6,9 @@ import json
 from typing import Final
 
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage.input_files import MAX_JSON, read_input
 from bridge.storage.remote import Location
+from bridge.strict_json import parse_json
 
 TRACKER_NAME: Final = "latest_checkpointed_iteration.txt"
 CONFIG_NAME: Final = "metadata.json"
@@ -38,7 +40,7 @@ def check_config(directory: Location) -> None:
     """
     path = directory / CONFIG_NAME
     try:
-        config = json.loads(path.read_bytes())
+        config = parse_json(read_input(path, most=MAX_JSON))
     except OSError as error:
         raise CheckpointError(
             f"no Megatron torch_dist checkpoint: cannot read {CONFIG_NAME}: {error.strerror}",

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage.input_files import read_input, refuse_link_out
 from bridge.storage.remote import Location, reason
 from bridge.storage.torch_dist_config import CONFIG_NAME, METADATA_NAME, TRACKER_NAME
 from bridge.storage.torch_dist_read import TorchDistReader
@@ -18,6 +19,7 @@ RELEASE: Final = "release"
 NEMO_WEIGHTS: Final = "weights"
 """Where NeMo 2 keeps the checkpoint itself, beside `context` with configuration and tokenizer."""
 _ITERATION: Final = re.compile(r"iter_(\d{7,})")
+_MAX_TRACKER: Final = 1 << 16  # bytes
 _MAX_DIGITS: Final = 18
 """Of an iteration; a tracker with more is damaged, and no name of a directory."""
 
@@ -37,6 +39,7 @@ def open_checkpoint(path: Location) -> tuple[Location, int]:
             iteration in it.
         CorruptFileError: BR302, a tracker that does not say, or names an iteration that is not
             there.
+        UnsafeFileError: BR307, one that is a link to somewhere else.
     """
     with _named_if_unreadable(path):
         return _open_checkpoint(path)
@@ -54,6 +57,7 @@ def _open_checkpoint(path: Location) -> tuple[Location, int]:
     if _is_iteration(path):
         return path, _iteration_of(path)
     if _is_iteration(path / NEMO_WEIGHTS):
+        refuse_link_out(path / NEMO_WEIGHTS)
         return path / NEMO_WEIGHTS, _iteration_of(path / NEMO_WEIGHTS)
     present = sorted(
         child.name
@@ -63,7 +67,7 @@ def _open_checkpoint(path: Location) -> tuple[Location, int]:
     there = f"the directory holds {', '.join(present) or 'no iteration'}"
     tracker = path / TRACKER_NAME
     try:
-        text = tracker.read_text(encoding="utf-8").strip()
+        text = read_input(tracker, most=_MAX_TRACKER).decode("utf-8").strip()
     except FileNotFoundError:
         raise CheckpointError(
             f"no Megatron checkpoint: {TRACKER_NAME} is missing",
@@ -84,6 +88,7 @@ def _open_checkpoint(path: Location) -> tuple[Location, int]:
         raise CorruptFileError(
             f"the tracker names {directory.name}, which is missing", where=str(tracker), hint=there
         )
+    refuse_link_out(directory)
     return directory, 0 if text == RELEASE else int(text)
 
 

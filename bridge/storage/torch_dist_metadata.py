@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import PurePosixPath
 from reprlib import repr as brief
 
 from bridge.dtypes import Dtype
 from bridge.errors import CheckpointError, CorruptFileError, DtypeMismatchError
+from bridge.storage.input_files import is_plain_name, read_input
 from bridge.storage.remote import Location
 from bridge.storage.source import TensorInfo
 from bridge.storage.unpickle import Inert, unpickle_metadata
@@ -93,7 +93,7 @@ def read_metadata(path: Location) -> Metadata:
         DtypeMismatchError: BR303, a tensor of a dtype the bridge does not know.
     """
     try:
-        data = path.read_bytes()
+        data = read_input(path)
     except OSError as error:
         raise CheckpointError(
             f"cannot read the checkpoint's metadata: {error.strerror}", where=str(path), hint=_HINT
@@ -164,8 +164,7 @@ def _record(fields: Mapping[str, object], key: str, problems: list[str]) -> Reco
     file, offset, length = _text(fields["relative_path"]), fields["offset"], fields["length"]
     if fields.get("transform_descriptors"):
         raise ValueError(f"{key} is stored compressed: {brief(fields['transform_descriptors'])}")
-    parts = PurePosixPath(file).parts
-    if not parts or ".." in parts or parts[0].startswith("/") or "\\" in file or "\0" in file:
+    if not all(map(is_plain_name, file.split("/"))):
         problems.append(f"{key}: {file!r} is outside the checkpoint")
     sizes = _shape((offset, length))
     return RecordRange(file, sizes[0], sizes[1])

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any, Final
 
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.storage.input_files import refuse_link_out
 from bridge.storage.remote import Location
 
 RankName = tuple[int, int]
@@ -46,6 +47,7 @@ def rank_directories(directory: Location) -> dict[RankName, str]:
     Raises:
         CheckpointError: BR300, ranks of expert parallelism.
         CorruptFileError: BR302, two directories of one rank, or one of a rank that no run has.
+        UnsafeFileError: BR307, a directory that is a link to somewhere else.
     """
     found: dict[RankName, str] = {}
     for child in directory.iterdir():
@@ -57,6 +59,7 @@ def rank_directories(directory: Location) -> dict[RankName, str]:
                 "the checkpoint was cut by expert parallelism, which no model of the family has",
                 where=str(child),
             )
+        refuse_link_out(child)
         rank = int(match["tp"]), int(match["pp"] or 0)
         if max(rank) >= _MOST_RANKS:
             raise CorruptFileError(

@@ -1,9 +1,19 @@
 """Reading pickles without running them.
 
 Megatron's `.metadata`, `common.pt` and tensor records are pickles, and a pickle is a program. The
-unpicklers here import nothing: every global is looked up in a closed table, or turned into an
-`Inert` class that remembers what it was called with and does nothing. What a checkpoint has no
-business naming (`os.system`, `builtins.eval`) is refused before anything is built from it.
+unpicklers here import nothing. There are two lists, and both are of what is allowed:
+
+- What becomes a real object: numbers, text and containers; `argparse.Namespace`, `OrderedDict`,
+  sets; torch's sizes and dtypes; tensors as descriptions of where they lie. A closed table.
+- What may stand there as a name. Its instances are `Inert`: they remember what they were called
+  with, and nothing of that name is ever looked for. `.metadata` may name what torch.distributed and
+  Megatron-Core write; a tensor's record, storages; arguments, any class of any package but those of
+  Python's own library, of which few are on a list, because a run's arguments hold enums and
+  configurations of whatever was trained.
+
+Exploits need a function to be called, so a pickle that calls one by a function's name is refused
+unless that one is on the list as well, even though the call would do nothing: `os.system`,
+`builtins.eval`, `torch.hub.load`. So is an extension code, which means what a process registered.
 """
 
 from __future__ import annotations
@@ -11,32 +21,26 @@ from __future__ import annotations
 import argparse
 import io
 import pickle
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from reprlib import repr as brief
 from types import FunctionType
 from typing import Any, ClassVar, Final, Never, Self
 
 from bridge.dtypes import Dtype, dtype_named
 from bridge.errors import CorruptFileError, DtypeMismatchError
-from bridge.storage.pickle_scan import refuse_bombs
+from bridge.storage.pickle_names import (
+    PYTHON2_NAMES,
+    STORAGE_DTYPES,
+    may_be_called,
+    metadata_allows,
+    object_allows,
+    tensor_allows,
+)
+from bridge.storage.pickle_scan import refuse_bombs, refuse_repetition
 from bridge.tiling import Shape
-
-STORAGE_DTYPES: Final = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-}
-"""torch's legacy storage classes; newer dtypes are saved as `torch.storage.UntypedStorage`."""
 
 # What a damaged or hostile pickle makes `pickle.Unpickler` raise; nothing of it runs foreign code.
 _PICKLE_ERRORS: Final = (
@@ -60,13 +64,22 @@ class Inert:
 
     module: ClassVar[str] = ""
     qualname: ClassVar[str] = ""
+    may_be_called: ClassVar[bool] = True
 
     args: tuple[object, ...]
     state: object
     items: list[object]
 
     def __new__(cls, *args: object, **_: object) -> Self:
-        """Remember the arguments; accept any."""
+        """Remember the arguments; accept any.
+
+        Raises:
+            CorruptFileError: BR302, the name is that of a function, and not on the list.
+        """
+        if not cls.may_be_called:
+            raise CorruptFileError(
+                f"its pickle calls {cls.module}.{cls.qualname}, which no checkpoint needs"
+            )
         self = object.__new__(cls)
         self.args = args
         self.state = None
@@ -92,7 +105,7 @@ class Inert:
         self.items.extend(values)
 
     def __repr__(self) -> str:
-        return f"<{self.module}.{self.qualname}{self.args!r}>"
+        return f"<{self.module}.{self.qualname}>"  # its arguments may hold one another
 
     def is_a(self, *qualnames: str) -> bool:
         """Whether the pickle named it so, whichever module it lives in."""
@@ -105,7 +118,7 @@ class Inert:
 
 def _no_state(_: object, state: object) -> Never:
     """Be `__setstate__` of what is checked when built, so that no pickle changes it afterwards."""
-    raise ValueError(f"a state for a tensor: {state!r}")
+    raise ValueError(f"a state for a tensor: {brief(state)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +151,7 @@ class _Storage:
 
 def _integers(values: object) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(type(v) is int and v >= 0 for v in values):
-        raise ValueError(f"not sizes: {values!r}")
+        raise ValueError(f"not sizes: {brief(values)}")
     return values
 
 
@@ -152,10 +165,11 @@ def _tensor(
     """Stand in for `torch._utils._rebuild_tensor_v2`, and `_v3`, which also names the dtype."""
     dtype = storage.dtype or (rest[2] if len(rest) > 2 else None)
     if not isinstance(dtype, Dtype):
-        raise DtypeMismatchError(f"a tensor of unknown dtype {getattr(dtype, 'qualname', dtype)!r}")
+        named = brief(getattr(dtype, "qualname", dtype))
+        raise DtypeMismatchError(f"a tensor of unknown dtype {named}")
     shape, strides = _integers(size), _integers(stride)
     if type(offset) is not int or offset < 0 or len(shape) != len(strides):
-        raise ValueError(f"not a tensor: offset {offset!r}, size {size!r}, stride {stride!r}")
+        raise ValueError(f"not a tensor: offset {brief(offset)}, size {shape}, stride {strides}")
     return StoredTensor(
         dtype=dtype,
         shape=shape,
@@ -173,7 +187,7 @@ def _parameter(data: StoredTensor, *_: object) -> StoredTensor:
 def _encode(text: str, encoding: str = "utf-8", *_: object) -> bytes:
     # How protocol 2 writes bytes. `str.encode` would import a codec of any name: latin-1 it is.
     if type(text) is not str or encoding != "latin1":
-        raise ValueError(f"not bytes: {encoding!r}")
+        raise ValueError(f"not bytes: {brief(encoding)}")
     return text.encode("latin1")
 
 
@@ -197,52 +211,6 @@ _OBJECTS: Final[dict[tuple[str, str], object]] = {
     ("builtins", "frozenset"): frozenset,
     ("_codecs", "encode"): _encode,
 }
-# Standard-library names that real training arguments hold. They stay inert like everything else.
-_HARMLESS_STDLIB: Final = frozenset(
-    {
-        ("builtins", name)
-        for name in (
-            *("bool", "bytearray", "bytes", "complex", "dict", "float", "getattr"),
-            *("int", "list", "object", "slice", "str", "tuple"),
-        )
-    }
-    | {("_io", "BytesIO"), ("io", "BytesIO"), ("collections", "deque"), ("functools", "partial")}
-    | {("copyreg", "_reconstructor"), ("copyreg", "__newobj__"), ("types", "SimpleNamespace")}
-    | {("signal", "Signals"), ("uuid", "UUID"), ("decimal", "Decimal")}
-    | {("datetime", name) for name in ("date", "datetime", "time", "timedelta", "timezone")}
-    | {
-        (module, f"{kind}{name}")
-        for module in ("pathlib", "pathlib._local")
-        for kind in ("", "Pure")
-        for name in ("Path", "PosixPath", "WindowsPath")
-    }
-)
-_PYTHON2_NAMES: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # in protocol 2
-_METADATA_PACKAGES: Final = ("torch.distributed", "megatron.core.dist_checkpointing")
-
-
-def _metadata_allows(module: str, name: str) -> bool:
-    """Classes of `.metadata`, the save plans that Megatron-Core leaves in it included."""
-    return (
-        any(module == package or module.startswith(f"{package}.") for package in _METADATA_PACKAGES)
-        or module == "torch"
-        or (module, name) == ("torch.serialization", "_get_layout")
-        or (module in {"pathlib", "pathlib._local"} and (module, name) in _HARMLESS_STDLIB)
-    )
-
-
-def _object_allows(module: str, name: str) -> bool:
-    """Any class of any package: arguments hold enums and functions of whatever was trained."""
-    if (module, name) in _HARMLESS_STDLIB:
-        return True
-    root = module.partition(".")[0]
-    return root not in sys.stdlib_module_names and root not in {"__main__", "commands"}
-
-
-def _tensor_allows(module: str, name: str) -> bool:
-    return (module == "torch" and name in STORAGE_DTYPES) or (
-        (module, name) == ("torch.storage", "UntypedStorage")
-    )
 
 
 class _Unpickler(pickle.Unpickler):
@@ -255,7 +223,7 @@ class _Unpickler(pickle.Unpickler):
         self._inert: dict[tuple[str, str], type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 - as the base class
-        module = _PYTHON2_NAMES.get(module, module)
+        module = PYTHON2_NAMES.get(module, module)
         # A pickle can set the state of whatever it gets, so it gets things of this load alone.
         known = self._known.get((module, name))
         if isinstance(known, FunctionType):
@@ -271,9 +239,14 @@ class _Unpickler(pickle.Unpickler):
                 pass  # another thing of torch's: allowed as inert, or not
         if not self._allows(module, name):
             raise CorruptFileError(f"its pickle names {module}.{name}, which no checkpoint needs")
-        return self._inert.setdefault(
-            (module, name), type("Inert", (Inert,), {"module": module, "qualname": name})
-        )
+        if (module, name) not in self._inert:
+            said = {
+                "module": module,
+                "qualname": name,
+                "may_be_called": may_be_called(module, name),
+            }
+            self._inert[module, name] = type("Inert", (Inert,), said)
+        return self._inert[module, name]
 
     def persistent_load(self, pid: object) -> _Storage:
         match pid:
@@ -286,7 +259,7 @@ class _Unpickler(pickle.Unpickler):
                     return _Storage(None, key, numel)
                 raise DtypeMismatchError(f"a tensor in an unknown storage {kind.qualname!r}")
             case _:
-                raise ValueError(f"not a storage: {pid!r}")
+                raise ValueError(f"not a storage: {brief(pid)}")
 
 
 def _load(
@@ -297,7 +270,8 @@ def _load(
 ) -> object:
     try:
         refuse_bombs(data)
-        return _Unpickler(data, known, allows).load()
+        value = _Unpickler(data, known, allows).load()
+        refuse_repetition(value)
     except (CorruptFileError, DtypeMismatchError) as error:
         hint = "do not load this file with anything that runs pickles: it may be hostile"
         is_hostile = isinstance(error, CorruptFileError)
@@ -310,6 +284,7 @@ def _load(
             where=where,
             hint="copy or download the file again",
         ) from None
+    return value
 
 
 def unpickle_metadata(data: bytes, *, where: str) -> object:
@@ -319,7 +294,7 @@ def unpickle_metadata(data: bytes, *, where: str) -> object:
         CorruptFileError: BR302, not a pickle, or one that names anything but what
             torch.distributed.checkpoint and Megatron-Core write there.
     """
-    return _load(data, {("torch", "Size"): _size}, _metadata_allows, where)
+    return _load(data, {("torch", "Size"): _size}, metadata_allows, where)
 
 
 def unpickle_object(data: bytes, *, where: str) -> object:
@@ -329,10 +304,11 @@ def unpickle_object(data: bytes, *, where: str) -> object:
     `Dtype`, tensors are `StoredTensor`; instances of any other package's classes are `Inert`.
 
     Raises:
-        CorruptFileError: BR302, not a pickle, or one that names standard-library functions.
+        CorruptFileError: BR302, not a pickle, or one that names what Python's own library has, or
+            that calls a function.
         DtypeMismatchError: BR303, a tensor of a dtype the bridge does not know.
     """
-    return _load(data, _OBJECTS, _object_allows, where)
+    return _load(data, _OBJECTS, object_allows, where)
 
 
 def unpickle_tensor(data: bytes, *, where: str) -> StoredTensor:
@@ -342,7 +318,7 @@ def unpickle_tensor(data: bytes, *, where: str) -> StoredTensor:
         CorruptFileError: BR302, not a pickle, or of anything but a tensor.
         DtypeMismatchError: BR303, a dtype the bridge does not know.
     """
-    value = _load(data, _TENSORS, _tensor_allows, where)
+    value = _load(data, _TENSORS, tensor_allows, where)
     if not isinstance(value, StoredTensor):
         raise CorruptFileError(f"holds {type(value).__name__}, not a tensor", where=where)
     return value
