@@ -257,7 +257,7 @@ def _read_marker(target: RemotePath) -> Mapping[str, Any] | None:
         found = json.loads((target / MARKER_NAME).read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

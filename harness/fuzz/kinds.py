@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from harness.fuzz import mutation, readers
+from harness.fuzz import mutation as m
+from harness.fuzz import readers as r
 from harness.fuzz import world as of
 from harness.fuzz.mutation import Form
 from harness.fuzz.readers import Reader
-
-_HF_SHARD: Final = f"{of.HF}/model-00002-of-*.safetensors"
-_IN_MEGATRON: Final = f"{of.MEGATRON}/{of.ITERATION}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +24,7 @@ class Kind:
         read: Reads it; see `harness.fuzz.readers`.
         share: Of the inputs, in proportion to the other kinds'.
         seeds: A directory of the world with further files to begin with.
-        originals_refused: The file is one that is told and refused.
+        original_refused: The file is one that is told and refused.
     """
 
     name: str
@@ -36,7 +33,7 @@ class Kind:
     read: Reader
     share: float = 1.0
     seeds: str = ""
-    originals_refused: bool = False
+    original_refused: bool = False
 
     def file(self, root: Path) -> Path:
         """The file in a world."""
@@ -48,144 +45,70 @@ class Kind:
         return [path.read_bytes() for path in (self.file(root), *more)]
 
 
-def _kinds() -> Iterable[Kind]:
-    m, r = mutation, readers
-    yield Kind(
-        name="config",
-        path="llama/config.json",
-        form=m.JSON,
-        read=r.config("llama"),
-        seeds="seeds/config",
-        share=4,
-    )
-    yield Kind(
-        name="config-inspected",
-        path="llama/config.json",
-        form=m.JSON,
-        read=r.described,
-        seeds="seeds/config",
-        share=0.5,
-    )
-    yield Kind(name="safetensors", path=_HF_SHARD, form=m.SAFETENSORS, read=r.hf, share=2)
-    yield Kind(
-        name="safetensors-index",
-        path=f"{of.HF}/model.safetensors.index.json",
-        form=m.JSON,
-        read=r.hf,
-        share=1.5,
-    )
-    yield Kind(
-        name="generation-config",
-        path=f"{of.HF}/generation_config.json",
-        form=m.JSON,
-        read=r.generation_config,
-    )
-    yield Kind(
-        name="tokenizer", path=f"{of.HF}/tokenizer.json", form=m.JSON, read=r.tokenizer, share=0.1
-    )
-    yield Kind(
-        name="tokenizer-config",
-        path=f"{of.HF}/tokenizer_config.json",
-        form=m.JSON,
-        read=r.tokenizer,
-        share=0.1,
-    )
-    for name, directory in (("", of.MEGATRON), ("stacked-", of.STACKED)):
-        inside, read = f"{directory}/{of.ITERATION}", r.megatron(directory)
-        whole = r.megatron(directory, most=1000)
-        yield Kind(
-            name=f"{name}metadata", path=f"{inside}/.metadata", form=m.PICKLE, read=read, share=2
-        )
-        yield Kind(
-            name=f"{name}common", path=f"{inside}/common.pt", form=m.ARCHIVE, read=read, share=1.5
-        )
-        yield Kind(
-            name=f"{name}distcp", path=f"{inside}/*.distcp", form=m.RECORDS, read=whole, share=1.5
-        )
-    read = r.megatron(of.MEGATRON)
-    yield Kind(name="metadata-json", path=f"{_IN_MEGATRON}/metadata.json", form=m.JSON, read=read)
-    yield Kind(
-        name="tracker",
-        path=f"{of.MEGATRON}/latest_checkpointed_iteration.txt",
-        form=m.TEXT,
-        read=read,
-        share=0.5,
-    )
-    yield Kind(
-        name="hf-source-config", path=f"{of.MEGATRON}/hf_source/config.json", form=m.JSON, read=read
-    )
-    yield Kind(
-        name="record",
-        path=f"{of.MEGATRON}/nemotron_bridge.json",
-        form=m.JSON,
-        read=r.record,
-        share=1.5,
-    )
-    yield Kind(name="nemo-common", path="nemo/weights/common.pt", form=m.ARCHIVE, read=r.nemo)
-    yield Kind(name="nemo-metadata", path="nemo/weights/.metadata", form=m.PICKLE, read=r.nemo)
-    yield Kind(name="run-config", path="foreign/*/run_config.yaml", form=m.YAML, read=r.run_config)
-    yield Kind(
-        name="legacy",
-        path="legacy/*/mp_rank_01/model_optim_rng.pt",
-        form=m.ARCHIVE,
-        read=r.megatron("legacy"),
-        share=2,
-    )
-    yield Kind(
-        name="legacy-unzipped",
-        path="unzipped/*/mp_rank_00/model_optim_rng.pt",
-        form=m.PICKLE,
-        read=r.megatron("unzipped"),
-        originals_refused=True,
-    )
-    yield Kind(
-        name="logits",
-        path="texts/logits.safetensors",
-        form=m.SAFETENSORS,
-        read=r.logits,
-        originals_refused=True,
-    )
-    yield Kind(name="input", path="texts/input.safetensors", form=m.SAFETENSORS, read=r.token_ids)
-    yield Kind(name="golden", path="golden/cases/*.json", form=m.JSON, read=r.golden)
-    yield Kind(name="golden-index", path="golden/index.json", form=m.JSON, read=r.golden)
-    yield Kind(name="suite", path="texts/parity.toml", form=m.TEXT, read=r.suite)
-    yield Kind(name="thresholds", path="texts/thresholds.toml", form=m.TEXT, read=r.thresholds)
-    yield Kind(name="layouts", path="texts/layouts.toml", form=m.TEXT, read=r.layouts)
-    yield Kind(name="variant", path="texts/variant.toml", form=m.TEXT, read=r.variant)
-    yield Kind(
-        name="evidence", path="report/evidence.json", form=m.JSON, read=r.evidence, share=0.5
-    )
-    for name, file, form in (
-        ("evidence", "evidence.json", m.JSON),
-        ("matrix", "faults.json", m.JSON),
-        ("config", "config.json", m.JSON),
-        ("sums", "SHA256SUMS", m.TEXT),
-    ):
-        yield Kind(
-            name=f"bundle-{name}", path=f"bundle/{file}", form=form, read=r.bundle, share=0.05
-        )
-    yield Kind(name="journal", path="report/journal.jsonl", form=m.JSON_LINES, read=r.journal)
-    yield Kind(
-        name="faults-journal", path="faults/faults.jsonl", form=m.JSON_LINES, read=r.unit_journal
-    )
-    yield Kind(name="streamed", path="walk/streamed.npz", form=m.ARRAYS, read=r.walk)
-    yield Kind(
-        name="prompts",
-        path="texts/prompts.jsonl",
-        form=m.JSON_LINES,
-        read=r.prompts("prompts.jsonl"),
-    )
-    yield Kind(
-        name="prompts-text",
-        path="texts/prompts.txt",
-        form=m.TEXT,
-        read=r.prompts("prompts.txt"),
-        share=0.5,
-    )
-    yield Kind(name="replay", path="replay/replay.json", form=m.JSON, read=r.replay)
-    yield Kind(name="marker", path="texts/marker.json", form=m.JSON, read=r.marker)
-    yield Kind(name="flags", path="texts/flags.txt", form=m.TEXT, read=r.flags,
-               seeds="seeds/flags", originals_refused=True)  # fmt: skip
+def _kind(
+    name: str,
+    path: str,
+    form: Form,
+    read: Reader,
+    share: float,
+    **more: Any,  # noqa: ANN401 - Kind's
+) -> Kind:
+    return Kind(name=name, path=path, form=form, read=read, share=share, **more)
 
 
-KINDS: Final[tuple[Kind, ...]] = tuple(_kinds())
+_READ_HF: Final = r.megatron(of.MEGATRON)
+_READ_STACKED: Final = r.megatron(of.STACKED)
+_IN_MEGATRON: Final = f"{of.MEGATRON}/{of.ITERATION}"
+_IN_STACKED: Final = f"{of.STACKED}/{of.ITERATION}"
+_CONFIGS: Final = "seeds/config"
+
+# Shares are such that no kind takes much more time than another; none has fewer than some hundred
+# of 100,000 inputs.
+KINDS: Final[tuple[Kind, ...]] = (
+    _kind("config", "llama/config.json", m.JSON, r.config("llama"), 6, seeds=_CONFIGS),
+    _kind("config-inspected", "llama/config.json", m.JSON, r.described, 0.5, seeds=_CONFIGS),
+    _kind("safetensors", "hf/model-00002-of-*.safetensors", m.SAFETENSORS, r.hf, 4),
+    _kind("safetensors-index", "hf/model.safetensors.index.json", m.JSON, r.hf, 3),
+    _kind("generation-config", "hf/generation_config.json", m.JSON, r.generation_config, 3),
+    _kind("tokenizer", "hf/tokenizer.json", m.JSON, r.tokenizer, 0.2),
+    _kind("tokenizer-config", "hf/tokenizer_config.json", m.JSON, r.tokenizer, 0.2),
+    _kind("metadata", f"{_IN_MEGATRON}/.metadata", m.PICKLE, _READ_HF, 1.5),
+    _kind("stacked-metadata", f"{_IN_STACKED}/.metadata", m.PICKLE, _READ_STACKED, 1.5),
+    _kind("common", f"{_IN_MEGATRON}/common.pt", m.ARCHIVE, _READ_HF, 0.8),
+    _kind("stacked-common", f"{_IN_STACKED}/common.pt", m.ARCHIVE, _READ_STACKED, 0.8),
+    _kind("distcp", f"{_IN_MEGATRON}/*.distcp", m.RECORDS, r.megatron(of.MEGATRON, most=99), 0.4),
+    _kind("stacked-distcp", f"{_IN_STACKED}/*.distcp", m.RECORDS,
+          r.megatron(of.STACKED, most=99), 0.4),
+    _kind("metadata-json", f"{_IN_MEGATRON}/metadata.json", m.JSON, _READ_HF, 0.5),
+    _kind("tracker", "megatron/latest_checkpointed_iteration.txt", m.TEXT, _READ_HF, 0.3),
+    _kind("hf-source-config", "megatron/hf_source/config.json", m.JSON, _READ_HF, 0.4),
+    _kind("record", "megatron/nemotron_bridge.json", m.JSON, r.record, 2),
+    _kind("nemo-metadata", "nemo/weights/.metadata", m.PICKLE, r.nemo, 0.6),
+    _kind("nemo-common", "nemo/weights/common.pt", m.ARCHIVE, r.nemo, 0.4),
+    _kind("run-config", "foreign/*/run_config.yaml", m.YAML, r.run_config, 3),
+    _kind("legacy", "legacy/*/mp_rank_01/model_optim_rng.pt", m.ARCHIVE, r.megatron("legacy"), 1),
+    _kind("legacy-unzipped", "unzipped/*/mp_rank_00/model_optim_rng.pt", m.PICKLE,
+          r.megatron("unzipped"), 2, original_refused=True),
+    _kind("logits", "texts/logits.safetensors", m.SAFETENSORS, r.logits, 3, original_refused=True),
+    _kind("input", "texts/input.safetensors", m.SAFETENSORS, r.token_ids, 4),
+    _kind("golden", "golden/cases/*.json", m.JSON, r.golden, 2),
+    _kind("golden-index", "golden/index.json", m.JSON, r.golden, 2),
+    _kind("suite", "texts/parity.toml", m.TEXT, r.suite, 1),
+    _kind("thresholds", "texts/thresholds.toml", m.TEXT, r.thresholds, 1),
+    _kind("layouts", "texts/layouts.toml", m.TEXT, r.layouts, 3),
+    _kind("variant", "texts/variant.toml", m.TEXT, r.variant, 3),
+    _kind("evidence", "report/evidence.json", m.JSON, r.evidence, 0.5),
+    _kind("bundle-evidence", "bundle/evidence.json", m.JSON, r.bundle, 0.1),
+    _kind("bundle-matrix", "bundle/faults.json", m.JSON, r.bundle, 0.1),
+    _kind("bundle-config", "bundle/config.json", m.JSON, r.bundle, 0.1),
+    _kind("bundle-sums", "bundle/SHA256SUMS", m.TEXT, r.bundle, 0.1),
+    _kind("journal", "report/journal.jsonl", m.JSON_LINES, r.journal, 4),
+    _kind("faults-journal", "faults/faults.jsonl", m.JSON_LINES, r.unit_journal, 4),
+    _kind("streamed", "walk/streamed.npz", m.ARRAYS, r.walk, 1),
+    _kind("prompts", "texts/prompts.jsonl", m.JSON_LINES, r.prompts("prompts.jsonl"), 4),
+    _kind("prompts-text", "texts/prompts.txt", m.TEXT, r.prompts("prompts.txt"), 1),
+    _kind("replay", "replay/replay.json", m.JSON, r.replay, 3),
+    _kind("marker", "texts/marker.json", m.JSON, r.marker, 3),
+    _kind("flags", "texts/flags.txt", m.TEXT, r.flags, 3, seeds="seeds/flags",
+          original_refused=True),
+)  # fmt: skip

@@ -80,6 +80,24 @@ _VALUES: Final[tuple[bytes, ...]] = (
     b"L" + b"9" * 5000 + b"L\n",
     b"Fnan\n",
 )  # fmt: skip
+_DEEP: Final = 40
+
+
+def _doubling(start: bytes, step: bytes, end: bytes = b"") -> bytes:
+    """Values of which each holds the one before twice: cheap to write, endless to print or hash."""
+    grown = [step % (number - 1, number - 1, number) for number in range(1, _DEEP)]
+    return start + b"".join(grown) + end
+
+
+_BOMBS: Final = (
+    _doubling(b"]p0\n", b"0]g%d\nag%d\nap%d\n"),
+    _doubling(b"}p0\n", b"0}K\x00g%d\nsK\x01g%d\nsp%d\n"),
+    _doubling(b")p0\n", b"0g%d\ng%d\n\x86p%d\n"),
+    _doubling(b")p0\n", b"0g%d\ng%d\n\x86p%d\n", b"0}g39\nK\x01s"),
+    _doubling(b"ctorch.x\nY\n)\x81p0\n", b"0ctorch.x\nY\n(g%d\ng%d\nt\x81p%d\n"),
+    b"]p0\ng0\na",
+    b"ctorch.x\nY\n)\x81p0\n}S'a'\ng0\nsb",
+)
 _GLOBALS: Final = tuple(
     b"c%s\n" % name
     for name in (
@@ -116,7 +134,7 @@ def change_pickle(rng: Random, data: bytes) -> bytes:
         match rng.randrange(9):
             case 0 | 1 | 2:
                 place = _value_near(found, place)
-                found[place] = rng.choice(_VALUES)
+                found[place] = rng.choice(_VALUES if rng.random() < 0.85 else _BOMBS)
             case 3:
                 found[place] = b""
             case 4:

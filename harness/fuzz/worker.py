@@ -107,7 +107,7 @@ def work(
     path, originals = batch.kind.file(root), batch.kind.originals(root)
     with _silent():
         first = _read(batch.kind, root, -1, 0)  # imports what the reader needs, too
-        if first.problem or (first.code == ACCEPTED) == batch.kind.originals_refused:
+        if first.problem or (first.code == ACCEPTED) == batch.kind.original_refused:
             results.send(first)
         _bound_memory(2 * memory)
         before = _peak()
