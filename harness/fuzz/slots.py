@@ -16,7 +16,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Final
 
-from harness.fuzz.worker import STACK_SIGNAL, Outcome, Range, stamp, stamped, work, write_input
+from harness.fuzz.worker import (
+    MEMORY,
+    STACK_SIGNAL,
+    Outcome,
+    Range,
+    stamp,
+    stamped,
+    work,
+    write_input,
+)
 
 _WARM_UP: Final = 120.0  # seconds that imports may take on a busy machine
 _FOR_A_STACK: Final = 0.5  # seconds
@@ -43,6 +52,7 @@ class Slot:
         self._log = (root.parent / f"{root.name}.log").open("w+b", buffering=0)
         self._next = 0
         self._began = 0.0
+        self._is_full = False
         self._path = root
 
     @property
@@ -58,6 +68,7 @@ class Slot:
     def begin(self, batch: Range) -> None:
         """Start a process on a batch."""
         self.batch, self._next, self._began = batch, batch.start, time.monotonic()
+        self._is_full = False
         self._path = batch.kind.file(self.root)
         stamp(self._shared, batch.start, 0.0)
         self._log.truncate(0)
@@ -93,7 +104,7 @@ class Slot:
         if code:
             word = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit {code}"
             found.append(self._fate(word, stack))
-        elif self._next < self.batch.stop and not any(one.problem == "memory" for one in found):
+        elif self._next < self.batch.stop and not self._is_full:
             found.append(self._fate("exit 0", stack))
         return found, self._finish()
 
@@ -105,6 +116,7 @@ class Slot:
                 outcome: Outcome = self._results.recv()
                 found.append(outcome)
                 self._next = max(self._next, outcome.index + 1)
+                self._is_full = outcome.problem == MEMORY  # upon which it ends
                 self._began = time.monotonic()
         except (EOFError, OSError):
             return True

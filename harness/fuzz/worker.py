@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from mmap import mmap
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +25,7 @@ from harness.fuzz.pickles import CANARY
 
 ACCEPTED: Final = "accepted"
 PAYLOAD_RAN: Final = "payload ran"
+MEMORY: Final = "memory"
 _STAMP: Final = struct.Struct("<qd")
 _FUZZ: Final = str(Path(__file__).parent)
 _OURS: Final = str(Path(__file__).parents[2])
@@ -107,7 +108,9 @@ def work(
     path, originals = batch.kind.file(root), batch.kind.originals(root)
     with _silent():
         first = _read(batch.kind, root, -1, 0)  # imports what the reader needs, too
-        if first.problem or (first.code == ACCEPTED) == batch.kind.original_refused:
+        if not first.problem and (first.code == ACCEPTED) == batch.kind.original_refused:
+            first = replace(first, problem=f"the original is not to be {first.code}", code="")
+        if first.problem:
             results.send(first)
         _bound_memory(2 * memory)
         before = _peak()
@@ -118,12 +121,9 @@ def work(
             found = _read(batch.kind, root, index, before, has_payload=made.has_payload)
             stamp(shared, index, 0.0)
             if found.peak_bytes > memory and not found.problem:
-                found = Outcome(
-                    index=index, seconds=found.seconds, peak_bytes=found.peak_bytes,
-                    problem="memory", place=f"{found.peak_bytes >> 20} MiB",
-                )  # fmt: skip
+                found = replace(found, code="", problem=MEMORY, place="the reader returned")
             results.send(found)
-            if found.problem == "memory":
+            if found.problem == MEMORY:
                 return  # the next process begins with little again
     results.close()
 
@@ -136,7 +136,7 @@ def _read(kind: Kind, root: Path, index: int, before: int, *, has_payload: bool 
     except BridgeError as error:
         code = error.code
         if _ran_out(error):
-            problem, place, details = "memory", _place(error), _trace(error)
+            problem, place, details = MEMORY, _place(error), _trace(error)
         elif len(str(error)) > _MOST_SAID:
             problem, place = "endless message", _place(error)
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is what we look for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -188,11 +189,18 @@ def test_a_compressed_record_of_a_walk_is_left_aside(tmp_path: Path) -> None:
     assert Store(tmp_path, {}).load(dtype="float32", thresholds=load_thresholds()) is None
 
 
-def test_a_marker_of_brackets_says_nothing_and_is_a_marker(tmp_path: Path) -> None:
+HERE = socket.gethostname()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [DEEP, *(json.dumps({"host": HERE, "pid": pid}) for pid in (1 << 63, 1 << 31, 0, -1, True))],
+)
+def test_a_marker_of_no_process_says_nothing_and_is_a_marker(text: str, tmp_path: Path) -> None:
     """It marks what a killed upload has left, which the next attempt removes."""
     target = parse_location("memory://damaged/target")
     assert isinstance(target, RemotePath)
-    target.fs.pipe_file(f"{target.path}/{MARKER_NAME}", DEEP.encode())
+    target.fs.pipe_file(f"{target.path}/{MARKER_NAME}", text.encode())
     target.fs.pipe_file(f"{target.path}/left.distcp", b"x")
     with new_prefix(target, overwrite=False, staging=tmp_path, last=()):
         pass
