@@ -63,7 +63,7 @@ ARRAYS: Final = Form(
         archives.other_entries,
     )
 )
-YAML: Final = Form(knowing=_WORDS, payloads=(yamls.payload, yamls.bomb))
+YAML: Final = Form(knowing=(*_WORDS, yamls.bomb), payloads=(yamls.payload,))
 
 _KNOWING, _PAYLOAD = 0.7, 0.04
 """Of the inputs: made by what knows the format; with something to run in them."""
