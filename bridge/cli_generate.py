@@ -24,6 +24,7 @@ from bridge.cli_options import (
 )
 from bridge.console import RichProgress, counter
 from bridge.errors import UsageError
+from bridge.visible import visible_prose
 
 _LONGEST: Final = 365 * 24 * 3600
 """Seconds to wait, at most: the clocks of sockets and of C++ overflow at some centuries."""
@@ -219,7 +220,7 @@ class _Page:
             self._token_ids[index].append(token)
             if self._is_live and self._stream is not None:
                 self._is_open = True
-                typer.echo(self._stream.put(token), nl=False)
+                typer.echo(_shown(self._stream.put(token)), nl=False)
         self._waiting |= dict(step.finished)
         while self._next in self._waiting:
             self._show(self._next, self._waiting.pop(self._next))
@@ -231,7 +232,7 @@ class _Page:
         for index, reason in sorted(self._waiting.items()):
             self._show(index, reason)
         if self._is_open and self._stream is not None:
-            typer.echo(self._stream.end())  # so that what went wrong has a line of its own
+            typer.echo(_shown(self._stream.end()))  # so that what went wrong has a line of its own
         num_tokens = sum(map(len, self._token_ids))
         if num_tokens:
             seconds = time.perf_counter() - self._started
@@ -244,7 +245,7 @@ class _Page:
         token_ids = self._token_ids[index]
         if self._is_live and self._stream is not None:
             self._is_open = False
-            typer.echo(self._stream.end())
+            typer.echo(_shown(self._stream.end()))
             return
         text = None if self._tokenizer is None else self._tokenizer.decode(token_ids)
         if self._json:
@@ -261,4 +262,9 @@ class _Page:
             return
         if len(self._given) > 1:
             typer.echo(f"--- {self._given[index].where}")
-        typer.echo(text if text is not None else " ".join(map(str, token_ids)))
+        typer.echo(_shown(text) if text is not None else " ".join(map(str, token_ids)))
+
+
+def _shown(text: str) -> str:
+    """A model may write escape sequences: a terminal is not given them, a file is."""
+    return visible_prose(text) if sys.stdout.isatty() else text

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -20,9 +20,11 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 
 from bridge.errors import EnvironmentMissingError, UsageError
+from bridge.visible import visible
 
 _UNITS: Final = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -58,12 +60,33 @@ def print_json(data: object) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
+class _ShowAll(RenderHook):
+    """Has everything that is printed pass through `visible`, but for colours and lines of ours."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(one) for one in renderables]
+
+
+class _Shown:
+    def __init__(self, content: ConsoleRenderable) -> None:
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._content, options):
+            if segment.control:
+                yield segment
+            else:
+                yield Segment(visible(segment.text, keep="\n"), segment.style)
+
+
 def stdout(*, stderr: bool = False) -> Console:
     """Where results go. Not a terminal: no colours, no wrapping at 80 columns.
 
-    With `stderr` they go there instead, for a command whose stdout is one JSON document.
+    With `stderr` they go there instead, for a command whose stdout is one JSON document. Names are
+    no markup, and what a terminal would obey in them is written out.
     """
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, stderr=stderr)
+    console.push_render_hook(_ShowAll())
     if not console.is_terminal:
         console.width = 200
     return console
@@ -149,7 +172,7 @@ class RichProgress:
     def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """Show one phase of `total` bytes."""
         columns: tuple[Any, ...] = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
@@ -168,7 +191,7 @@ def counter(name: str, total: int) -> Iterator[Callable[[int], None]]:
     Nothing where stderr is no terminal; nor where stdout is one, and shows results as they come.
     """
     columns: tuple[Any, ...] = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),

@@ -117,9 +117,11 @@ def read_blocks(
         findings.inconsistent.append(
             f"block_configs has {len(blocks)} entries, num_hidden_layers={num_layers}"
         )
+    if len(blocks) > MAX_LAYERS:  # none of them is looked at: they need not be cheap to refuse
+        findings.inconsistent.append(f"block_configs has {len(blocks)} entries, beyond any model")
+        return ()
     found = []
-    # What is beyond any model is refused above, or with the model; none of it is looked at.
-    for layer_idx, block in enumerate(blocks[:MAX_LAYERS]):
+    for layer_idx, block in enumerate(blocks):
         place = f"block_configs[{layer_idx}]"
         if not isinstance(block, Mapping):
             findings.inconsistent.append(f"{place} must be an object")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from bridge.console import gib, print_json, stdout, table
 from bridge.render_layouts import print_memory
+from bridge.visible import visible
 
 if TYPE_CHECKING:
     from bridge.drawing.architecture import Architecture
@@ -20,7 +21,7 @@ def print_description(
     console = stdout()
     rope = ", ".join(f"{name} {value:g}" for name, value in found["rope"].items())
     tied = "tied" if found["share_embeddings_and_output_weights"] else "untied"
-    console.print(f"{model}: {found['architecture']}, {found['num_layers']} layers")
+    console.print(f"{visible(model)}: {found['architecture']}, {found['num_layers']} layers")
     console.print(
         f"{found['num_parameters']:,} parameters in {found['num_tensors']} tensors, "
         f"{gib(found['nbytes'])} in {found['params_dtype']}"
@@ -83,11 +84,11 @@ def print_report(report: dict[str, Any], *, json_: bool) -> None:
     workers = report["workers"]
     several = f" summed over {workers} workers" if workers > 1 else ""
     console.print(
-        f"{report['source']} -> {report['target']}\n"
+        f"{visible(report['source'])} -> {visible(report['target'])}\n"
         f"{report['num_parameters']:,} parameters, {report['num_source_tensors']} -> "
         f"{report['num_target_tensors']} tensors, {report['nbytes'] / 1e9:.3f} GB in "
         f"{report['convert_seconds']:.1f} s ({rate:.2f} GB/s), {verified}, "
         f"peak memory {gib(report['peak_rss'])}{several}"
     )
     for note in report["notes"]:
-        console.print(f"note: {note}")
+        console.print(f"note: {visible(note)}")

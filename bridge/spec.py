@@ -13,8 +13,12 @@ from typing import Final
 
 from bridge.errors import InconsistentConfigError, LayoutError, TensorParallelError
 
-MAX_LAYERS: Final = 100_000
-"""More than any model has: what a damaged file says may be far more, and is refused."""
+MAX_LAYERS: Final = 2048
+"""Of any model; Ultra-253B, the deepest of the family, has 162."""
+_MAX_WIDTH: Final = 1 << 24
+"""Of any dimension; the widest known, an FFN of Ultra-253B, has 425,984."""
+_MAX_GROUPS: Final = 1 << 16
+"""Each is three tiles of a plan. 126 layers of 128 heads without grouping have 16,128."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ class ModelSpec:
             )
             if value < 1
         ]
+        wrong += self._beyond_any_model()
         if self.kv_channels % 2:
             wrong.append(f"kv_channels={self.kv_channels} must be even: RoPE rotates pairs")
         if not 0 < self.layernorm_epsilon < 1:
@@ -145,6 +150,34 @@ class ModelSpec:
             raise InconsistentConfigError(
                 "the model's dimensions contradict one another", where=wrong
             )
+
+    def _beyond_any_model(self) -> list[str]:
+        """Sizes that would cost more time than anyone has before the first byte is read."""
+        widest = max(
+            (block.ffn.ffn_hidden_size for block in self.blocks if isinstance(block.ffn, SwiGLU)),
+            default=0,
+        )
+        groups = sum(
+            block.attention.num_query_groups
+            for block in self.blocks
+            if isinstance(block.attention, GroupedQueryAttention)
+        )
+        sizes = {
+            "num_layers": (len(self.blocks), MAX_LAYERS),
+            "hidden_size": (self.hidden_size, _MAX_WIDTH),
+            "num_attention_heads * kv_channels": (
+                self.num_attention_heads * self.kv_channels,
+                _MAX_WIDTH,
+            ),
+            "vocab_size": (self.vocab_size, _MAX_WIDTH),
+            "ffn_hidden_size": (widest, _MAX_WIDTH),
+            "num_query_groups of all blocks": (groups, _MAX_GROUPS),
+        }
+        return [
+            f"{name}={value} is beyond any model, the limit is {limit}"
+            for name, (value, limit) in sizes.items()
+            if value > limit
+        ]
 
     @property
     def _is_plain(self) -> bool:

@@ -7,9 +7,11 @@ ours, an override of direction turns a name around.
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 _MOST: Final = 2000
+_CONTROLS: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but newline and tab
 
 
 def visible(text: str, *, keep: str = "", most: int | None = None) -> str:
@@ -30,6 +32,11 @@ def visible(text: str, *, keep: str = "", most: int | None = None) -> str:
 def visible_line(text: str) -> str:
     """One line of a diagnostic, of a length that somebody can read."""
     return visible(text, most=_MOST)
+
+
+def visible_prose(text: str) -> str:
+    """What a model has written: its own newlines, tabs and joiners stay, controls are shown."""
+    return _CONTROLS.sub(lambda found: _written(found[0]), text)
 
 
 def _written(character: str) -> str:

@@ -30,6 +30,7 @@ from bridge.cli_options import (
 from bridge.console import Results
 from bridge.errors import BridgeError, EnvironmentMissingError, LayoutError, UsageError
 from bridge.storage.input_files import follow_links_from_now_on
+from bridge.visible import visible, visible_line
 from harness import (
     cli_bench,
     cli_blocks,
@@ -236,7 +237,7 @@ def _subject(
     from harness.bench import Subject
 
     return Subject(
-        name=path.resolve().name,
+        name=visible(path.resolve().name),
         hf=path,
         megatron=megatron,
         trust_remote_code=trust_remote_code,
@@ -308,6 +309,14 @@ def _run_heard() -> None:
         results.end()
 
 
+class _Formatter(logging.Formatter):
+    """Names in a message are shown, and no terminal does what they say."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One message, with its traceback if it has one."""
+        return visible(super().format(record), keep="\n\t")
+
+
 def main() -> None:
     """Run the command line; the entry point.
 
@@ -315,13 +324,15 @@ def main() -> None:
     (interrupted, which is typer's own doing). Errors a user can act on are printed without a
     traceback; any other is our bug, exits with 3 and keeps its own.
     """
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         _run_heard()
     except BridgeError as error:
         sys.stderr.write(f"{error}\n")
         for note in getattr(error, "__notes__", ()):
-            sys.stderr.write(f"note: {note}\n")
+            sys.stderr.write(f"note: {visible_line(note)}\n")
         sys.exit(error.exit_code)
     except Exception:  # noqa: BLE001 - 1 says that a check failed, which a crash does not
         traceback.print_exc()

@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from bridge.errors import BridgeError
+from bridge.visible import visible
+
+_LAYOUT = "\n\t"  # of tracebacks and logs
 
 
 class HarnessError(BridgeError):
@@ -124,9 +127,10 @@ class WorkerFailedError(HarnessError):
         """The diagnostic, then the first failing rank's traceback, then the logs' ends."""
         parts = [super().__str__()]
         if self.rank_traceback:
-            parts.append(f"--- traceback of rank {self.rank}\n{self.rank_traceback.rstrip()}")
+            said = visible(self.rank_traceback.rstrip(), keep=_LAYOUT)
+            parts.append(f"--- traceback of rank {self.rank}\n{said}")
         parts += [
-            f"--- end of the log of rank {rank}\n{tail.rstrip()}"
+            f"--- end of the log of rank {rank}\n{visible(tail.rstrip(), keep=_LAYOUT)}"
             for rank, tail in sorted(self.log_tails.items())
             if tail.strip()
         ]

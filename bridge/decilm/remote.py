@@ -18,8 +18,10 @@ from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from bridge.decilm.configuration import DeciLMConfig
+from bridge.decilm.own_code import CLASSES, announce
 from bridge.errors import AccountingError, RemoteCodeError, UnsupportedArchitectureError
 from bridge.hf_config import load_hf_config
+from bridge.hub import resolve_here
 
 _LOCAL_MODEL_TYPES: Final = ("llama", DeciLMConfig.model_type)
 _REFUSED_FROM: Final = (5, 0)
@@ -87,7 +89,8 @@ def load_reference(
     Args:
         path: Checkpoint directory or Hub id.
         trust_remote_code: Run the code that the checkpoint's `auto_map` names, if it names any,
-            in place of ours. Nothing is registered: later loads are not affected.
+            in place of ours. Whose it is and which version, commit and sha256, is logged before.
+            Nothing is registered: later loads are not affected.
         dtype: Of the weights in memory.
         attn_implementation: `eager`, `sdpa`, or another that transformers knows. The published
             DeciLM code knows `eager` and `flash_attention_2` only.
@@ -160,14 +163,16 @@ def _load_own_code(
             where=str(path),
             hint=_what_works(path),
         )
+    # The snapshot of one commit, so that what runs is what was announced.
+    directory = resolve_here(str(path), weights=True)
+    announce(directory, own_code)
     try:
         config_class, model_class = (
-            get_class_from_dynamic_module(own_code[name], str(path))
-            for name in ("AutoConfig", "AutoModelForCausalLM")
+            get_class_from_dynamic_module(own_code[name], str(directory)) for name in CLASSES
         )
         loaded = model_class.from_pretrained(
-            str(path),
-            config=config_class.from_pretrained(str(path)),
+            str(directory),
+            config=config_class.from_pretrained(str(directory)),
             output_loading_info=True,
             **options,
         )

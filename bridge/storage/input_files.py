@@ -30,6 +30,7 @@ MAX_WHOLE: Final = 1 << 30
 
 _follows: ContextVar[bool] = ContextVar("follows", default=False)
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_MAX_NAME: Final = 255  # bytes
 _REPOSITORIES: Final = ("models--", "datasets--", "spaces--")  # of the Hub's cache
 
 Params = ParamSpec("Params")
@@ -72,6 +73,7 @@ def is_plain_name(name: str) -> bool:
     return (
         name not in {"", ".", ".."}
         and name.isprintable()
+        and len(name.encode()) <= _MAX_NAME
         and not any(separator in name for separator in "/\\")
     )
 

@@ -46,7 +46,7 @@ _HARMLESS_STDLIB: Final = frozenset(
 _REBUILDERS: Final = frozenset(
     {
         ("numpy", "dtype"), ("numpy", "ndarray"), ("torch", "device"), ("torch", "memory_format"),
-        ("torch.serialization", "_get_layout"), ("torch.storage", "_load_from_bytes"),
+        ("torch.serialization", "_get_layout"),
         ("numpy.random._pickle", "__bit_generator_ctor"),
         ("numpy.random._pickle", "__generator_ctor"),
         ("numpy.random._pickle", "__randomstate_ctor"),

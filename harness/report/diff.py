@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from bridge.console import table
+from bridge.visible import visible
 from harness.report.evidence import number, strict
 from harness.report.summary import short
 
@@ -184,7 +185,9 @@ def as_text(changes: Iterable[Change]) -> RenderableType:
     rows = table("", "what", "a", "b")
     for one in listed:
         style = "bold red" if one.regression else ""
-        rows.add_row(Text(one.kind, style=style), Text(one.what), Text(one.a), Text(one.b))
+        rows.add_row(
+            Text(one.kind, style=style), *(Text(visible(cell)) for cell in (one.what, one.a, one.b))
+        )
     regressions = sum(one.regression for one in listed)
     last = Text(
         f"{len(listed)} differences, {regressions} regressions",

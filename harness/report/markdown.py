@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from bridge.visible import visible
 from harness.report.summary import (
     by_check,
     by_layout,
@@ -113,8 +114,8 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def plain(text: str) -> str:
     """Text that Markdown takes for nothing else."""
-    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+    return _SPECIAL.sub(r"\\\1", visible(" ".join(text.split())))
 
 
 def _code(text: str) -> str:
-    return text.replace("`", "'")
+    return visible(text).replace("`", "'")

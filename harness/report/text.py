@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bridge.console import table
+from bridge.visible import visible
 from harness.checks import CHECKS
 from harness.runner import Result, RunReport
 
@@ -36,7 +37,9 @@ def print_report(report: RunReport, console: Console) -> None:
 
 def progress_line(result: Result) -> str:
     """One line for a case that has just ended."""
-    return f"{result.status:>7} {result.case.id}: {result.summary} ({result.seconds:.1f} s)"
+    return visible(
+        f"{result.status:>7} {result.case.id}: {result.summary} ({result.seconds:.1f} s)"
+    )
 
 
 def _by_check(results: Sequence[Result]) -> Table:
@@ -108,7 +111,8 @@ def _failures(results: Sequence[Result]) -> list[RenderableType]:
     lines += _left_out(results)
     if lines:
         lines.append("")
-    return [line if isinstance(line, Text) else Text(str(line)) for line in lines]
+    # A tensor's name in one of them is one line, whatever is in it.
+    return [line if isinstance(line, Text) else Text(visible(str(line))) for line in lines]
 
 
 def _left_out(results: Iterable[Result]) -> list[RenderableType]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from bridge.decilm import (
     load_reference,
     remote,
 )
+from bridge.decilm.own_code import announce
 from bridge.errors import (
     AccountingError,
     RemoteCodeError,
@@ -200,3 +202,53 @@ def test_an_unknown_field_is_carried_by_name(write_checkpoint: Write) -> None:
     with pytest.raises(UnmappedFieldError, match="something_new"):
         load_reference(directory)
     assert type(load_reference(directory, carry=["something_new"])) is DeciLMForCausalLM
+
+
+def test_whose_code_runs_is_said_before_it_does(
+    llama: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory, every file that is imported, and its sha256; of other files nothing."""
+    directory = _with_own_code(llama, model_type="own-llama")
+    (directory / "unused.py").write_text("1 / 0")
+    before: list[str] = []
+
+    def run(reference: str, where: str) -> None:
+        before.extend(caplog.messages)
+        raise SystemExit(f"{reference} of {where}")
+
+    monkeypatch.setattr(remote, "get_class_from_dynamic_module", run)
+    with pytest.raises(SystemExit, match=f"configuration_own.OwnConfig of {directory}"):
+        load_reference(directory, trust_remote_code=True)
+    (said,) = before
+    assert said.startswith(f"--trust-remote-code: running the code of the directory {directory}: ")
+    for name in ("configuration_own.py", "modeling_own.py"):
+        digest = hashlib.sha256((directory / name).read_bytes()).hexdigest()
+        assert f"{name} (sha256 {digest})" in said
+    assert "unused.py" not in said
+
+
+def test_code_from_the_hub_is_named_by_model_and_commit(
+    llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The cache knows both; the directory's name would say nothing to a reader."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "models--some--model" / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    _with_own_code(llama, model_type="own-llama").rename(snapshot)
+    announce(snapshot, json.loads((snapshot / "config.json").read_text())["auto_map"])
+    assert any(f"the code of some/model at commit {commit}: " in one for one in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "named",
+    ["other/repository--modeling_own.OwnForCausalLM", "../modeling_own.OwnForCausalLM",
+     "absent.OwnForCausalLM", "modeling_own", "sub/modeling_own.OwnForCausalLM"],
+)  # fmt: skip
+def test_code_that_is_not_in_the_checkpoint_is_refused(llama: Path, named: str) -> None:
+    """Trust is in one checkpoint; another's code would come over the network, unasked."""
+    directory = _with_own_code(llama, model_type="own-llama")
+    config = json.loads((directory / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = named
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RemoteCodeError, match="not in the checkpoint"):
+        load_reference(directory, trust_remote_code=True)
