@@ -61,15 +61,14 @@ def fuzz(
         return
     if report is not None:
         report_directory(report)
-    with _world() as root:
-        if replay is not None:
-            _replay(root, replay, report)
-            return
-        with CountProgress("inputs") as progress:
-            found = run_fuzz(
-                root, kinds=kinds, inputs=inputs, seed=seed, workers=workers, timeout=timeout,
-                advance=lambda count, name, news: progress.advance(inputs, name, news, count=count),
-            )  # fmt: skip
+    if replay is not None:
+        _replay(replay, report)
+        return
+    with _world() as root, CountProgress("inputs") as progress:
+        found = run_fuzz(
+            root, kinds=kinds, inputs=inputs, seed=seed, workers=workers, timeout=timeout,
+            advance=lambda count, name, news: progress.advance(inputs, name, news, count=count),
+        )  # fmt: skip
     if report is not None:
         write(found, report)
     if json_:
@@ -95,15 +94,20 @@ def _world() -> Iterator[Path]:
         yield root
 
 
-def _replay(root: Path, name: str, report: Path | None) -> None:
+def _replay(name: str, report: Path | None) -> None:
     """Read one input in this process: what it raises is shown as any command's."""
     from harness.fuzz.report import save
-    from harness.fuzz.run import finding_named
-    from harness.fuzz.worker import write_input
+    from harness.fuzz.results import Finding
+    from harness.fuzz.run import input_of, numbers_named
+    from harness.fuzz.worker import Outcome, write_input
 
-    kind, finding = finding_named(name, root)
-    if report is not None:
-        typer.echo(str(save(finding, report)))
-    write_input(kind.file(root), finding.data)
-    kind.read(root)
-    typer.echo(f"{name}: read, {len(finding.data)} bytes")
+    kind, seed, index = numbers_named(name)
+    with _world() as root:
+        data = input_of(kind, root, seed=seed, index=index)
+        if report is not None:
+            outcome = Outcome(index=index)
+            one = Finding(kind=kind.name, seed=seed, outcome=outcome, data=data)
+            typer.echo(str(save(one, report)))
+        write_input(kind.file(root), data)
+        kind.read(root)
+    typer.echo(f"{name}: read, {len(data)} bytes")

@@ -143,8 +143,8 @@ def input_of(kind: Kind, root: Path, *, seed: int, index: int) -> bytes:
     return mutate(kind.name, kind.form, originals, seed=seed, index=index).data
 
 
-def finding_named(name: str, root: Path) -> tuple[Kind, Finding]:
-    """The input that `KIND:SEED:INDEX` names, and its kind.
+def numbers_named(name: str) -> tuple[Kind, int, int]:
+    """The kind, the seed and the index that `KIND:SEED:INDEX` names.
 
     Raises:
         UsageError: BR001, it names none.
@@ -154,5 +154,4 @@ def finding_named(name: str, root: Path) -> tuple[Kind, Finding]:
         raise UsageError(f"{name!r} names no input", where="--replay", hint="give KIND:SEED:INDEX")
     (kind,) = kinds_named(parts[:1])
     seed, index = map(int, parts[1:])
-    data = input_of(kind, root, seed=seed, index=index)
-    return kind, Finding(kind=kind.name, seed=seed, outcome=Outcome(index=index), data=data)
+    return kind, seed, index

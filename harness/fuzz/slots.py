@@ -28,6 +28,9 @@ from harness.fuzz.worker import (
 )
 
 _WARM_UP: Final = 120.0  # seconds that imports may take on a busy machine
+_STARVED: Final = 6.0
+"""So many times as long may an input take of which the machine is the cause."""
+_CLOCK: Final = os.sysconf("SC_CLK_TCK")
 _FOR_A_STACK: Final = 0.5  # seconds
 _FRAME: Final = re.compile(r'File ".*/((?:bridge|harness)/(?!fuzz/).*?)", line (\d+)')
 
@@ -90,11 +93,14 @@ class Slot:
         found: list[Outcome] = []
         ended = self._receive(found)
         if not ended:
-            if self._is_overdue():
+            overdue = self._overdue()
+            if overdue is not None:
                 stack = self._stack()
                 self.end()
                 self._receive(found)
-                found.append(self._fate("hang", stack))
+                # It may have gone on meanwhile, and have told of this input and of others.
+                found = [one for one in found if one.index != overdue]
+                found.append(self._fate("hang", stack, overdue))
                 return found, self._finish()
             return found, None
         self._process.join(_WARM_UP if self._next < self.batch.stop else 5)
@@ -122,12 +128,29 @@ class Slot:
             return True
         return False
 
-    def _is_overdue(self) -> bool:
-        _, started = stamped(self._shared)
+    def _overdue(self) -> int | None:
+        """The input that takes too long, if one does: and not the machine, which has no time."""
+        index, started, computed = stamped(self._shared)
         now = time.monotonic()
-        if started:
-            return now - started > self._timeout
-        return now - self._began > _WARM_UP
+        if not started:
+            return index if now - self._began > _WARM_UP else None
+        waited = now - started
+        if waited <= self._timeout:
+            return None
+        used, waits_for_a_core = self._state()
+        starved = waits_for_a_core and used - computed < self._timeout / 2
+        return None if starved and waited <= _STARVED * self._timeout else index
+
+    def _state(self) -> tuple[float, bool]:
+        """Seconds that the process has computed, and whether any thread of it could go on."""
+        assert self._process is not None  # noqa: S101 - see `look`
+        found, ready = 0.0, False
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for task in Path(f"/proc/{self._process.pid}/task").iterdir():
+                fields = (task / "stat").read_text("ascii").rpartition(") ")[2].split()
+                found += (int(fields[11]) + int(fields[12])) / _CLOCK
+                ready = ready or fields[0] == "R"
+        return found, ready
 
     def _stack(self) -> str:
         """Where the process is, by its own word."""
@@ -141,9 +164,10 @@ class Slot:
         self._log.seek(0)
         return self._log.read().decode("utf-8", "replace")
 
-    def _fate(self, problem: str, stack: str) -> Outcome:
-        index, started = stamped(self._shared)
-        seconds = time.monotonic() - started if started else 0.0
+    def _fate(self, problem: str, stack: str, index: int | None = None) -> Outcome:
+        now, started, _ = stamped(self._shared)
+        index = now if index is None else index
+        seconds = time.monotonic() - started if started and index == now else self._timeout
         self._next = max(self._next, index + 1)
         return Outcome(
             index=index, problem=problem, place=_place_of(stack), details=stack[-4000:],

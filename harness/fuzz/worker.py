@@ -26,7 +26,7 @@ from harness.fuzz.pickles import CANARY
 ACCEPTED: Final = "accepted"
 PAYLOAD_RAN: Final = "payload ran"
 MEMORY: Final = "memory"
-_STAMP: Final = struct.Struct("<qd")
+_STAMP: Final = struct.Struct("<qdd")
 _FUZZ: Final = str(Path(__file__).parent)
 _OURS: Final = str(Path(__file__).parents[2])
 _FRAMES: Final = 12  # of a traceback that is kept
@@ -72,13 +72,13 @@ class Outcome:
 
 def stamp(shared: mmap, index: int, started: float) -> None:
     """Note which input is being read, and since when; 0.0 for none."""
-    _STAMP.pack_into(shared, 0, index, started)
+    _STAMP.pack_into(shared, 0, index, started, time.process_time())
 
 
-def stamped(shared: mmap) -> tuple[int, float]:
-    """What was noted."""
-    index, started = _STAMP.unpack_from(shared, 0)
-    return index, started
+def stamped(shared: mmap) -> tuple[int, float, float]:
+    """What was noted, and how long the process had computed by then."""
+    index, started, computed = _STAMP.unpack_from(shared, 0)
+    return index, started, computed
 
 
 def write_input(path: Path, data: bytes) -> None:

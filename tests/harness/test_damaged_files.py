@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import socket
 import zipfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from harness.golden.store import load_index
 from harness.layouts import read_layouts
 from harness.qualify.suites import load_variant
 from harness.replay import load_replay
+from harness.report.evidence import number
 from harness.report.journal import Journal
 from harness.streaming.record import FILE_NAME, Record, Store
 from harness.suite import load_suite
@@ -135,6 +137,14 @@ def test_a_journal_of_brackets_is_not_resumed(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text(f'{{"journal": {DEEP}}}\n', "utf-8")
     with pytest.raises(BridgeError, match="cannot be read"):
         Journal.resume(tmp_path, {})
+
+
+def test_numbers_beyond_any_float_are_infinite() -> None:
+    """As 1e400 is; an integer of as many digits had ended `diff` and `--resume` in a traceback."""
+    assert number(10**400) == math.inf
+    assert number(-(10**400)) == -math.inf
+    assert number("nan") is not None
+    assert number(0.5) == 0.5
 
 
 def npy(array: np.ndarray[Any, Any], *, shape: str | None = None) -> bytes:

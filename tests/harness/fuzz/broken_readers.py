@@ -52,6 +52,11 @@ def _hang() -> None:
     time.sleep(600)
 
 
+def _loop() -> None:
+    while True:
+        pass
+
+
 def _grow() -> None:
     bytearray(b"x") * (MEMORY + (8 << 20))
 
@@ -74,7 +79,7 @@ def _refuse() -> None:
 BROKEN: Final[dict[str, Callable[[], None]]] = {
     "throws": _throw, "leaves": _leave, "vanishes": _vanish, "killed": _be_killed,
     "crashes": _crash, "hangs": _hang, "grows": _grow, "bounded": _meet_the_bound,
-    "runs": _run_a_payload, "refuses": _refuse,
+    "loops": _loop, "runs": _run_a_payload, "refuses": _refuse,
 }  # fmt: skip
 
 
