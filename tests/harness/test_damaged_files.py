@@ -18,9 +18,12 @@ from bridge.errors import BridgeError, LayoutError
 from bridge.pipeline import parse_layout
 from bridge.storage.remote import RemotePath, parse_location
 from bridge.storage.remote_target import MARKER_NAME, new_prefix
+from bridge.storage.unpickle import unpickle_object
+from harness.detached import Provenance, read_reference
 from harness.faults.journal import UnitJournal
 from harness.golden.store import load_index
 from harness.layouts import read_layouts
+from harness.logits_file import read_input
 from harness.qualify.suites import load_variant
 from harness.replay import load_replay
 from harness.report.evidence import number
@@ -145,6 +148,30 @@ def test_numbers_beyond_any_float_are_infinite() -> None:
     assert number(-(10**400)) == -math.inf
     assert number("nan") is not None
     assert number(0.5) == 0.5
+
+
+@pytest.mark.parametrize("read", [read_input, read_reference])
+def test_more_dimensions_than_numpy_has_are_refused(
+    read: Callable[[Path], object], tmp_path: Path
+) -> None:
+    """The safetensors library takes them, and NumPy's ValueError had come through."""
+    name, dtype, size = ("input_ids", "I64", 8) if read is read_input else ("logits", "F32", 4)
+    entry = {"dtype": dtype, "shape": [1] * 102, "data_offsets": [0, size]}
+    metadata = Provenance(
+        config_sha256=None, spec_sha256="1", weights_sha256="2", inputs_sha256="3",
+        dtype="float32", device="cpu", implementation="x",
+    ).to_metadata()  # fmt: skip
+    header = json.dumps({"__metadata__": metadata, name: entry}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(BridgeError, match="cannot read the"):
+        read(path)
+
+
+def test_values_of_a_pickle_that_nest_too_deeply_are_refused() -> None:
+    """Whoever shows one would end in a RecursionError."""
+    with pytest.raises(BridgeError, match="deep"):
+        unpickle_object(b"\x80\x02" + b"]" * 900 + b"a" * 899 + b".", where="common.pt")
 
 
 def npy(array: np.ndarray[Any, Any], *, shape: str | None = None) -> bytes:
