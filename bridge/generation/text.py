@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import CheckpointError, ConfigError, UsageError
+from bridge.storage.input_files import refuse_link_out
 from bridge.storage.remote import Location
 from bridge.storage.target import read_small_file
 from bridge.strict_json import parse_json
@@ -44,6 +45,7 @@ class Tokenizer:
     Raises:
         CheckpointError: BR300, none is there, transformers cannot load it, it needs code of its
             own, or it has no words.
+        UnsafeFileError: BR307, a file there is a link to somewhere else.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -53,6 +55,8 @@ class Tokenizer:
                 where=str(directory),
                 hint=_REMEDY,
             )
+        for path in directory.iterdir():  # transformers opens them by itself
+            refuse_link_out(path)
         from transformers import AutoTokenizer
 
         import bridge.decilm  # noqa: F401 - some tokenizers ask for the model's configuration

@@ -20,7 +20,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, NamedTuple, Self, TypeAlias
 from urllib.parse import unquote, urlsplit
 
-from bridge.errors import BridgeError, CheckpointError, EnvironmentMissingError, UsageError
+from bridge.errors import (
+    BridgeError,
+    CheckpointError,
+    EnvironmentMissingError,
+    UnsafeFileError,
+    UsageError,
+)
 
 _SEPARATOR: Final = "://"
 _LOCAL: Final = "file"
@@ -143,8 +149,13 @@ class RemotePath:
         own = self.path.rstrip("/")
         for name, entry in found.items():
             path = name.rstrip("/")
+            child = RemotePath(self.fs, path, entry)
+            if {"..", "."} & set(path.removeprefix(own).split("/")):
+                raise UnsafeFileError(  # where it is copied to, this would be another directory
+                    "an object's name leads out of the directory", where=str(child)
+                )
             if path != own:  # a store's own mark of a directory
-                yield RemotePath(self.fs, path, entry)
+                yield child
 
     def read_bytes(self) -> bytes:
         """The whole file."""

@@ -107,12 +107,17 @@ def test_a_command_that_runs_the_model_refuses_it_before(
     """Ranks start Megatron-Core, and Megatron-Core's own loader never sees the checkpoint."""
     victim = tmp_path / "victim"
     in_common(models / "megatron", EXPLOITS["exec"](victim))
-    rest = {
+    arguments: dict[str, list[str | Path]] = {
         "logits": ["--probe", "short", "--output", tmp_path / "o.safetensors"],
         "generate": ["--prompt", "a", "--max-new-tokens", "1"],
-    }[command]
+    }
     outcome = run(
-        command, "--hf-model", models / "hf", "--megatron-path", models / "megatron", *rest
+        command,
+        "--hf-model",
+        models / "hf",
+        "--megatron-path",
+        models / "megatron",
+        *arguments[command],
     )
     assert not victim.exists()
     assert outcome.code == 2

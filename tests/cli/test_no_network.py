@@ -94,7 +94,7 @@ def test_the_guard_notices(environment: dict[str, str], tmp_path: Path) -> None:
         "export --megatron-path {megatron} --hf-path {out} --hf-model {hf} --verify none",
         "verify --hf-model {hf} --layouts tp1-pp1 --checks config,round_trip,logits",
         "verify --hf-model {hf} --megatron-path {megatron} --layouts tp2-pp1 --checks logits",
-        "generate --hf-model {hf} --megatron-path {megatron} --token-ids 5,6 --max-new-tokens 1",
+        "generate --hf-model {hf} --megatron-path {megatron} --prompt hello --max-new-tokens 1",
         "logits --hf-model {hf} --probe short --output {out}.safetensors",
     ],
 )

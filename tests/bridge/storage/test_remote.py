@@ -13,6 +13,7 @@ from fsspec.registry import known_implementations
 from bridge.errors import (
     CheckpointError,
     EnvironmentMissingError,
+    UnsafeFileError,
     UsageError,
 )
 from bridge.storage.remote import RemotePath, parse_location
@@ -233,3 +234,17 @@ def test_a_missing_backend_names_its_package(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(EnvironmentMissingError, match="Install nosuchfs to access it") as caught:
         parse_location("nosuch://bucket/model")
     assert caught.value.hint == "pip install nosuchfs"
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "a/../../evil.json", "./evil.json"])
+def test_an_object_whose_name_leads_out_is_refused(
+    store: Store, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A store takes any name; where files are copied to, this one would be another directory."""
+    entry = {"name": f"/bucket/model/{name}", "type": "file", "size": 1}
+
+    listing = {str(entry["name"]): entry}
+    monkeypatch.setattr(store, "find", lambda *_, **__: listing)
+    with pytest.raises(UnsafeFileError) as caught:
+        list(remote("store://bucket/model").rglob("*"))
+    assert name in caught.value.where[0]
