@@ -140,6 +140,13 @@ def alarms(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Mutate the bytes of 100,000 inputs of every kind; each is read, or refused with a code."""
+    python = environment(session)
+    session.run(python, "-m", "harness", "fuzz", *session.posargs)
+
+
+@nox.session
 def golden(session: nox.Session) -> None:
     """Hold configurations, plans, weights and logits to those on record."""
     python = environment(session)

@@ -23,7 +23,7 @@ from bridge.parameters import (
 )
 from bridge.spec import Linear, ModelSpec, ParallelLayout
 
-_NAME_PART: Final = re.compile(r"(tp|pp|vp)([1-9][0-9]*)|(sp)|l([0-9]{1,6}(?:\.[0-9]{1,6})*)")
+_NAME_PART: Final = re.compile(r"(tp|pp|vp)([1-9][0-9]{0,5})|(sp)|l([0-9]{1,6}(?:\.[0-9]{1,6})*)")
 _FARTHEST_MOVE: Final = 4
 """Layers a boundary may jump at once while pipeline ranks are evened out over their stages."""
 

@@ -38,6 +38,7 @@ from harness import (
     cli_diff,
     cli_explain,
     cli_faults,
+    cli_fuzz,
     cli_golden,
     cli_parity,
     cli_qualify,
@@ -62,8 +63,8 @@ if TYPE_CHECKING:
     from harness.bench import Subject
 
 _COMMANDS = (
-    cli_inspect, cli_generate, cli_bench, cli_diff, cli_explain, cli_faults, cli_golden,
-    cli_parity, cli_qualify, cli_replay,
+    cli_inspect, cli_generate, cli_bench, cli_diff, cli_explain, cli_faults, cli_fuzz,
+    cli_golden, cli_parity, cli_qualify, cli_replay,
 )  # fmt: skip
 """Modules that add commands of their own."""
 _ON_RANKS = ("parity", "verify")

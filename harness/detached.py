@@ -159,7 +159,8 @@ def read_reference(path: Path) -> DetachedReference:
                 )
             provenance = Provenance.from_metadata(file.metadata() or {}, where=str(path))
             logits = file.get_tensor("logits")
-    except (OSError, SafetensorError, TypeError) as error:  # TypeError: a dtype numpy lacks
+    # TypeError: a dtype that numpy lacks; ValueError: as many dimensions.
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
         raise DetachedReferenceError(
             f"cannot read the reference: {error}", where=str(path), hint=_HINT
         ) from None

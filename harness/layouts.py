@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +12,7 @@ from bridge.pipeline import parse_layout, plan_layout, refuse_broken_layout
 from bridge.spec import ModelSpec, ParallelLayout
 from harness.errors import SuiteError
 from harness.locations import suites_dir
+from harness.toml_files import read_toml
 
 _SPELLED: Final = re.compile(r"(tp\d+|pp\d+|vp\d+|sp)(-(tp\d+|pp\d+|vp\d+|sp|l[\d.]+))*")
 _FIELDS: Final = frozenset(
@@ -33,14 +33,17 @@ def named_layouts() -> dict[str, dict[str, Any]]:
     """The definitions in `suites/layouts.toml`, by name.
 
     Raises:
-        SuiteError: HN101, another schema, or fields that no layout has.
+        SuiteError: HN101, no TOML, another schema, or fields that no layout has.
     """
     return read_layouts(suites_dir() / "layouts.toml")
 
 
 def read_layouts(path: Path) -> dict[str, dict[str, Any]]:
     """Read a file of layout definitions; raises as `named_layouts`."""
-    document = tomllib.loads(path.read_text("utf-8"))
+    try:
+        document = read_toml(path)
+    except (OSError, ValueError) as error:
+        raise SuiteError(f"cannot read the layouts: {error}", where=str(path)) from None
     if document.pop("schema_version", None) != 1:
         raise SuiteError("schema_version must be 1", where=str(path))
     wrong = []

@@ -66,7 +66,7 @@ def read_input(path: Path) -> Tokens:
 
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: dimensions numpy lacks
         raise CheckpointError(f"cannot read the input: {error}", where=str(path)) from None
     hint = "input_ids is (batch, seq), position_ids (seq) or (batch, seq), both integers"
     unknown = sorted(tensors.keys() - {"input_ids", "position_ids"})

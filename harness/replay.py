@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import ConfigError
+from bridge.strict_json import parse_json
 from harness.bench import Bench, Subject
 from harness.checks import CHECKS
 from harness.errors import SuiteError
@@ -179,7 +180,7 @@ def load_replay(directory: Path) -> tuple[dict[str, Any], Replay]:
 
     path = directory / "replay.json"
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise SuiteError(
             "no replay.json in this directory",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from harness.golden.cases import PREFIX, golden_model
 from harness.layouts import check_layout_name
 from harness.locations import suites_dir
 from harness.probes import CONTEXT_LENGTHS
+from harness.toml_files import read_toml
 from harness.toys import toy_named
 
 SCHEMA_VERSION: Final = 1
@@ -109,7 +109,7 @@ def load_suite(name: str) -> Suite:
     """
     path = Path(name) if name.endswith(".toml") else suites_dir() / f"{name}.toml"
     try:
-        document = tomllib.loads(path.read_text("utf-8"))
+        document = read_toml(path)
     except FileNotFoundError:
         raise SuiteError(
             f"no suite {name!r}", where=str(path), hint=f"known: {', '.join(suite_names())}"

@@ -15,7 +15,6 @@ reference's own, in two steps:
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, Final, Literal
 from bridge.errors import ConfigError
 from harness.locations import suites_dir
 from harness.metrics import Comparison, Excess, Logits, compare, excess, ulp_of_one
+from harness.toml_files import read_toml
 
 SCHEMA_VERSION: Final = 1
 EXCESS: Final = "logits.excess"
@@ -102,7 +102,8 @@ class Threshold:
 
     def __post_init__(self) -> None:
         """A limit is positive and comes from something."""
-        wrong = []
+        texts = ("name", "dtype", "unit", "command")
+        wrong = [f"{one} must be text" for one in texts if not isinstance(getattr(self, one), str)]
         if not (math.isfinite(self.limit) and self.limit > 0):
             wrong.append(f"limit={self.limit} must be a positive number")
         if not (math.isfinite(self.floor_ulp) and self.floor_ulp >= 0):
@@ -167,14 +168,20 @@ def load_thresholds(path: Path | None = None) -> Thresholds:
         ConfigError: BR100, another schema, a field missing or unknown, or a limit given twice.
     """
     path = path or suites_dir() / "thresholds.toml"
-    document = tomllib.loads(path.read_text("utf-8"))
+    try:
+        document = read_toml(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read the limits: {error}", where=str(path)) from None
     if document.get("schema_version") != SCHEMA_VERSION:
         raise ConfigError(f"schema_version must be {SCHEMA_VERSION}", where=str(path))
+    entries = document.get("threshold", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError("limits stand in [[threshold]] tables", where=str(path))
     found: dict[tuple[str, str], Threshold] = {}
-    for entry in document.get("threshold", []):
+    for entry in entries:
         try:
             threshold = Threshold(**entry)
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ConfigError(f"a threshold of {path.name}: {error}", where=str(path)) from None
         key = threshold.name, threshold.dtype
         if key in found:

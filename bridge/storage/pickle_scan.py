@@ -15,6 +15,8 @@ from typing import Final
 
 _MAX_SIZE: Final = 1 << 24
 """Of a tuple: of its elements' sizes the sum, doubled; so no more than 23 are nested."""
+_MAX_DEPTH: Final = 100
+"""Of what holds what; Python prints some hundreds, and real ones have about ten."""
 _MAX_OPCODES: Final = 1 << 25
 """Each of which makes at most one object, of some 100 bytes."""
 _MAX_REPEATED: Final = 1 << 28
@@ -156,8 +158,10 @@ def refuse_repetition(value: object) -> None:
     Of tuples the walk has seen it. What lists hold is known when all of them are built.
 
     Raises:
-        ValueError: Written out, it has more than 16 million values, or it holds itself.
+        ValueError: Written out, it has more than 16 million values, nests more than 100 deep, or
+            holds itself.
     """
+    depths: dict[int, int] = {}
     sizes: dict[int, int] = {}
     waiting: list[object] = [value]
     while waiting:
@@ -170,6 +174,11 @@ def refuse_repetition(value: object) -> None:
                 if size > _MAX_SIZE:
                     raise ValueError("it holds more than any checkpoint needs, or itself")
                 sizes[id(one)] = size
+                depths[id(one)] = depth = 1 + max(
+                    (depths.get(id(c), 0) for c in children), default=0
+                )
+                if depth > _MAX_DEPTH:
+                    raise ValueError(f"it nests more than {_MAX_DEPTH} deep")
             continue
         sizes[id(one)] = 0  # open: whoever meets it again meanwhile is inside it
         waiting += [child for child in children if _children(child) and id(child) not in sizes]

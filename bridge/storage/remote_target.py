@@ -285,7 +285,7 @@ def _read_marker(target: RemotePath) -> Mapping[str, Any] | None:
         found = json.loads((target / MARKER_NAME).read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -307,7 +307,9 @@ def _require(target: RemotePath, claim: str) -> None:
 def _is_running(marker: Mapping[str, Any]) -> bool:
     """Whether the writer is a living process of this machine; of another one nobody can tell."""
     pid = marker.get("pid")
-    if marker.get("host") != socket.gethostname() or not isinstance(pid, int):
+    if marker.get("host") != socket.gethostname() or type(pid) is not int:
+        return False
+    if not 0 < pid < 1 << 31:  # of no process: others than positive ones are groups of them
         return False
     try:
         os.kill(pid, 0)

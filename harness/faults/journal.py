@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 
+from bridge.strict_json import parse_json
 from harness.errors import ResumeError
 from harness.faults.units import Unit, unit_from_data
 from harness.report.files import writing_into
@@ -52,7 +53,7 @@ class UnitJournal:
         path = directory / FILE_NAME
         try:
             whole, newline, _torn = path.read_bytes().rpartition(b"\n")
-            header, *units = (json.loads(line) for line in whole.split(b"\n"))
+            header, *units = (parse_json(line) for line in whole.split(b"\n"))
             theirs = header["identity"]
             earlier = [unit_from_data(one) for one in units]
         except (OSError, ValueError, KeyError, TypeError) as error:

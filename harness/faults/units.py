@@ -46,7 +46,20 @@ def unit_from_data(data: Mapping[str, Any]) -> Unit:
 
     Raises:
         KeyError: A field is missing.
+        TypeError: One is something else than it should be.
     """
+    texts = ("fault", "toy", "dtype", "first")
+    lists = ("killed_by", "looked")
+    seconds = {"": data["seconds"], **data["seconds_by_check"]}
+    wrong = [name for name in texts if not isinstance(data[name], str)]
+    wrong += [
+        name
+        for name in lists
+        if not isinstance(data[name], list) or not all(isinstance(one, str) for one in data[name])
+    ]
+    wrong += ["seconds" for one in seconds.values() if type(one) not in {int, float}]
+    if wrong:
+        raise TypeError(f"a unit whose {', '.join(wrong)} cannot be")
     return Unit(
         fault=data["fault"],
         toy=data["toy"],

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from bridge.strict_json import parse_json
 from harness.errors import GoldenFormatError
 
 VERSION: Final = 1
@@ -114,7 +115,7 @@ _HINT: Final = 'nemotron-bridge golden record --reason "..." writes it anew; loo
 
 def _versioned(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise GoldenFormatError(f"not a golden: {error}", where=str(path), hint=_HINT) from None
     version = document.get("version") if isinstance(document, dict) else None

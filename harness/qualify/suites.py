@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from harness.errors import SuiteError
 from harness.locations import suites_dir
+from harness.toml_files import read_toml
 
 SCHEMA_VERSION: Final = 1
 
@@ -52,7 +52,7 @@ def load_variant(name: str) -> Variant:
     """
     path = Path(name) if name.endswith(".toml") else variants_dir() / f"{name}.toml"
     try:
-        document: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
+        document: dict[str, Any] = read_toml(path)
     except FileNotFoundError:
         raise SuiteError(
             f"no variant {name!r}", where=str(path), hint=f"known: {', '.join(variant_names())}"

@@ -134,9 +134,12 @@ def result_from_data(data: Mapping[str, Any]) -> Result:
 
 def number(value: object) -> float | None:
     """A number of the evidence as one of Python's: "nan" and "inf" are words in strict JSON."""
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
         return float(value)
-    return None
+    except OverflowError:  # of an integer beyond any float, as 1e400 is
+        return -math.inf if isinstance(value, int) and value < 0 else math.inf
 
 
 def to_json(data: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 
+from bridge.strict_json import parse_json
 from harness.errors import ResumeError
 from harness.report.evidence import case_as_data, result_from_data, strict
 from harness.report.files import writing_into
@@ -158,7 +159,7 @@ def _read(file: BinaryIO, path: Path) -> tuple[dict[str, Any], list[dict[str, An
 def _records(whole: bytes, path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(whole.split(b"\n"), start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             record = None
         if not isinstance(record, dict):
@@ -176,6 +177,8 @@ def _unreadable(path: Path, why: str) -> ResumeError:
 
 def same_run(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
     """Refuse a journal of another run, and say what is other."""
+    if not isinstance(theirs, Mapping):
+        raise _unreadable(path, "what the run was is no JSON object")
     changed = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if changed:
         raise ResumeError(
@@ -194,6 +197,8 @@ def _change(name: str, theirs: object, ours: object) -> str:
         keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
         return f"{name}: {', '.join(map(str, keys))}"
     if isinstance(theirs, list) and isinstance(ours, list):
-        then, now = set(theirs) - set(ours), set(ours) - set(theirs)
+        then, now = (
+            [one for one in a if one not in b] for a, b in ((theirs, ours), (ours, theirs))
+        )
         return f"{name}: {len(then)} only then, {len(now)} only now"
     return f"{name}: {theirs} then, {ours} now"

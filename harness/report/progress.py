@@ -80,12 +80,12 @@ class CountProgress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def advance(self, total: int, description: str, news: str = "") -> None:
-        """Count one; `news` is a line that stays."""
-        self._done += 1
-        self._progress.update(self._task, advance=1, total=total, description=description)
+    def advance(self, total: int, description: str, news: str = "", *, count: int = 1) -> None:
+        """Count one, or several; `news` is a line that stays."""
+        before, self._done = self._done, self._done + count
+        self._progress.update(self._task, advance=count, total=total, description=description)
         lines = [news] if news else []
-        if self._progress.disable and self._done * 10 // total > (self._done - 1) * 10 // total:
+        if self._progress.disable and self._done * 10 // total > before * 10 // total:
             seconds = time.monotonic() - self._started
             lines.append(f"{self._done} of {total} {self._what} in {seconds:.0f} s")
         for line in lines:

@@ -6,13 +6,18 @@ The file replaces its predecessor in one step, so a kill leaves the last finishe
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import math
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
@@ -25,6 +30,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 FILE_NAME: Final = "streamed.npz"
 _VERSION: Final = 1
 _DOCUMENT: Final = "document"
+# What a damaged file makes zipfile, NumPy, json and ourselves raise.
+_DAMAGE: Final = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError,
+    NotImplementedError, EOFError, SyntaxError, tokenize.TokenError, struct.error,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,33 +110,70 @@ class Store:
     def load(
         self, *, dtype: str, thresholds: Thresholds
     ) -> tuple[int, Record, dict[str, Array]] | None:
-        """What `save` has kept: next segment, record, states; None of another or no walk."""
+        """What `save` has kept: next segment, record, states.
+
+        None of another walk, of none, or of a file that is damaged: there is nothing to go on from.
+        """
         try:
-            with self._path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                document = json.loads(file[_DOCUMENT].tobytes())
-                states = {name: file[name] for name in file.files if name != _DOCUMENT}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            with self._path.open("rb") as raw:
+                states = _arrays(raw)
+            document = json.loads(states.pop(_DOCUMENT).tobytes())
+            if document["version"] != _VERSION or document["identity"] != self._identity:
+                return None
+            next_segment = document["next_segment"]
+            if type(next_segment) is not int or next_segment < 0:
+                return None
+            return next_segment, _record(document, dtype=dtype, thresholds=thresholds), states
+        except _DAMAGE:
             return None
-        if document.get("version") != _VERSION or document["identity"] != self._identity:
-            return None
-        record = Record()
-        for name, found in document["judgements"].items():
-            record.judgements[name] = [
-                judgement_of(
-                    one["layer_idx"], one["kind"], _excess(one["forced"]), _excess(one["free"]),
-                    dtype=dtype, thresholds=thresholds,
-                )
-                for one in found
-            ]  # fmt: skip
-            record.parts[name] = {
-                int(idx): [PartError(**one) for one in parts]
-                for idx, parts in document["parts"][name].items()
-            }
-        return document["next_segment"], record, states
 
     def forget(self) -> None:
         """Remove what an earlier run has left."""
         self._path.unlink(missing_ok=True)
+
+
+def _arrays(raw: BinaryIO) -> dict[str, Array]:
+    """The arrays of an archive of `np.savez`, none of which takes more memory than it has bytes.
+
+    Raises:
+        ValueError: It is compressed, or an array's header says another size than its data have.
+            Damaged archives raise any of `_DAMAGE`.
+    """
+    found = {}
+    with zipfile.ZipFile(raw) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{info.filename} is compressed")
+            data = io.BytesIO(archive.read(info))
+            np.lib.format.read_magic(data)
+            shape, fortran, kind = np.lib.format.read_array_header_1_0(data)
+            start = data.tell()
+            if (
+                kind.hasobject
+                or math.prod(shape) * kind.itemsize != data.getbuffer().nbytes - start
+            ):
+                raise ValueError(f"{info.filename} is not {kind} of shape {shape}")
+            flat = np.frombuffer(data.getvalue(), kind, offset=start).copy()
+            array = flat.reshape(shape, order="F" if fortran else "C")
+            found[info.filename.removesuffix(".npy")] = array
+    return found
+
+
+def _record(document: Mapping[str, Any], *, dtype: str, thresholds: Thresholds) -> Record:
+    record = Record()
+    for name, found in document["judgements"].items():
+        record.judgements[name] = [
+            judgement_of(
+                one["layer_idx"], one["kind"], _excess(one["forced"]), _excess(one["free"]),
+                dtype=dtype, thresholds=thresholds,
+            )
+            for one in found
+        ]  # fmt: skip
+        record.parts[name] = {
+            int(idx): [PartError(**one) for one in parts]
+            for idx, parts in document["parts"][name].items()
+        }
+    return record
 
 
 def _as_data(one: BlockJudgement) -> dict[str, Any]:
