@@ -8,13 +8,15 @@ What it writes, in this directory:
     constraints.txt: all that the sessions need, the build backend included.
     wheel.txt: the part of it that our wheel needs at run time.
     nox.txt: the part of it that nox itself needs.
-    cuda.txt: what the index's torch wants beside them on Linux, and a CPU build of it does not.
+    cpu.txt: torch's build for the CPU alone, which no index has: taken first, where pip finds it.
+    cuda.txt: what the index's torch wants beside them on Linux, and that build does not.
     sbom.txt: what `nox -s sbom` needs, in an environment of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import subprocess
 import sys
@@ -27,12 +29,12 @@ HERE: Final = Path(__file__).parent
 PYTHONS: Final = ("3.11", "3.12")
 PLATFORMS: Final = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_28")
 CUDA: Final = re.compile(r"(cuda|nvidia)-|triton$")
-HASH: Final = re.compile(r"--hash=(sha256:[0-9a-f]{64})")
 FILES: Final = {
     "constraints.txt": "What CI installs: a pin, and the sha256 of each file it may come as.",
     "wheel.txt": "The part of constraints.txt that the wheel needs at run time.",
     "nox.txt": "The part of constraints.txt that nox needs; .ci/run and the README install it.",
-    "cuda.txt": "What torch from the package index needs on Linux, and a CPU build does not.",
+    "cpu.txt": "torch for the CPU alone: on no index, taken where pip's configuration finds it.",
+    "cuda.txt": "What torch from the package index needs on Linux, and that for the CPU does not.",
     "sbom.txt": "What `nox -s sbom` needs.",
 }
 
@@ -46,13 +48,6 @@ def blocks(text: str) -> dict[str, str]:
 def pin_of(block: str) -> str:
     """`name==version` of an entry."""
     return re.split(r"[\s;\\]", block, maxsplit=1)[0]
-
-
-def with_hashes(block: str, more: set[str]) -> str:
-    """An entry that allows further files, each `sha256:...`."""
-    new = sorted(more - set(HASH.findall(block)))
-    first = f"{pin_of(block)} \\\n"
-    return block.replace(first, first + "".join(f"    --hash={one} \\\n" for one in new), 1)
 
 
 def resolved(
@@ -83,29 +78,29 @@ def resolved(
         return output.read_text(encoding="utf-8")
 
 
-def builds_here(pin: str) -> set[str]:
-    """The hash of the file that this machine's pip takes for a pin.
+def local_build(pin: str, before: str) -> str:
+    """The entry of a build that no index has, such as torch's for the CPU alone.
 
-    torch for the CPU alone is on no index: pip finds it where its configuration says so, by
-    `find-links`.
+    Args:
+        pin: `name==version`, without the build.
+        before: The list as it is, of which an entry stays on a machine without such a build.
+
+    Returns:
+        The entry for the file that pip finds where its configuration says so, by `find-links`.
     """
     with tempfile.TemporaryDirectory() as scratch:
         pip = (sys.executable, "-m", "pip")
         quiet = ("--quiet", "--disable-pip-version-check", "--no-deps")
         subprocess.run([*pip, "download", *quiet, "--dest", scratch, pin], check=True)  # noqa: S603
-        found = subprocess.run(  # noqa: S603
-            [*pip, "hash", *map(str, Path(scratch).iterdir())],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-    return set(HASH.findall(found.stdout))
-
-
-def kept_builds(pin: str, before: str) -> set[str]:
-    """The hashes that a file has for a pin already: of builds that are found on other machines."""
-    block = blocks(before).get(pin.partition("==")[0], "")
-    return set(HASH.findall(block)) if block and pin_of(block) == pin else set()
+        (file,) = Path(scratch).iterdir()
+        version = file.name.split("-")[1]
+        if "+" in version:
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            name = pin.partition("==")[0]
+            return f"{name}=={version} \\\n    --hash=sha256:{digest}\n"
+    return "".join(
+        entry for entry in blocks(before).values() if pin_of(entry).partition("+")[0] == pin
+    )
 
 
 def lock(*, upgrade: bool) -> dict[str, str]:
@@ -124,15 +119,16 @@ def lock(*, upgrade: bool) -> dict[str, str]:
             if differing := pins ^ {pin_of(block) for block in blocks(other).values()}:
                 raise RuntimeError(f"Python {python}, {platform} needs others: {differing}")
     entries = blocks(full)
-    torch = pin_of(entries["torch"])
-    builds = builds_here(torch) | kept_builds(torch, before)
-    entries["torch"] = with_hashes(entries["torch"], builds)
     parts = {
         "wheel.txt": set(blocks(resolved("pyproject.toml", keep=full, upgrade=False))),
         "nox.txt": set(blocks(resolved_of("nox", keep=full))),
     }
     sbom = blocks(resolved_of("cyclonedx-bom", keep=full + (HERE / "sbom.txt").read_text("utf-8")))
-    return texts(entries, parts) | {"sbom.txt": text_of("sbom.txt", sbom, sbom)}
+    cpu = {"torch": local_build(pin_of(entries["torch"]), (HERE / "cpu.txt").read_text("utf-8"))}
+    return texts(entries, parts) | {
+        "sbom.txt": text_of("sbom.txt", sbom, sbom),
+        "cpu.txt": text_of("cpu.txt", cpu, cpu),
+    }
 
 
 def resolved_of(requirement: str, *, keep: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-LISTS = ("constraints.txt", "wheel.txt", "nox.txt", "cuda.txt", "sbom.txt")
+LISTS = ("constraints.txt", "wheel.txt", "nox.txt", "cpu.txt", "cuda.txt", "sbom.txt")
 
 
 @cache
@@ -63,7 +65,7 @@ def normal(name: str) -> str:
 @pytest.mark.parametrize("listed", LISTS)
 def test_every_pin_has_a_hash_and_no_list_is_empty(listed: str) -> None:
     """`==`, and at least one sha256; any other kind of line fails in `pins`."""
-    assert len(pins(listed)) > 10
+    assert len(pins(listed)) > 10 or listed == "cpu.txt"
     assert [name for name, (_, hashes) in pins(listed).items() if not hashes] == []
 
 
@@ -74,6 +76,9 @@ def test_the_lists_agree() -> None:
         assert pins(listed).items() <= full.items()
     assert not pins("cuda.txt").keys() & full.keys()
     assert "nox" in pins("nox.txt")
+    ((name, (build, _)),) = pins("cpu.txt").items()
+    assert (name, build.partition("+")[0]) == ("torch", full["torch"][0])
+    assert build.endswith("+cpu")
 
 
 def in_the_wake(roots: list[Requirement]) -> dict[str, list[str]]:
@@ -185,25 +190,42 @@ triton==3.7.1 \\
 """.format(a="a" * 64, b="b" * 64)
 
 
-def test_entries_are_told_apart_and_take_further_hashes() -> None:
-    """A build that no index has adds its hash once; comments and the other entries stay."""
+def test_entries_are_told_apart_and_sorted_into_lists() -> None:
+    """Each with its hashes and comments; CUDA's libraries in no list but their own."""
     lock = script(".ci/lock.py")
     entries = lock.blocks(BLOCK)
     assert list(entries) == ["torch", "triton"]
     assert "".join(entries.values()) == BLOCK
-    more = lock.with_hashes(entries["torch"], {f"sha256:{'c' * 64}", f"sha256:{'a' * 64}"})
-    assert re.findall(r"sha256:(.)", more) == ["c", "a", "b"]
-    assert more.endswith("# via nemotron-bridge (pyproject.toml)\n")
     written = lock.texts(entries, {"wheel.txt": {"torch", "triton"}})
     assert "triton" not in lock.blocks(written["wheel.txt"])
     assert list(lock.blocks(written["cuda.txt"])) == ["triton"]
 
 
-def test_a_build_found_elsewhere_is_kept_while_its_pin_is() -> None:
-    """On a machine without it the list must not lose it; a new version must not inherit it."""
+def test_a_build_that_no_index_has_is_pinned_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own version and hash where pip finds one; else it stays while its pin does."""
     lock = script(".ci/lock.py")
-    assert lock.kept_builds("torch==2.13.0", BLOCK) == {f"sha256:{c * 64}" for c in "ab"}
-    assert lock.kept_builds("torch==2.14.0", BLOCK) == set()
+    builder = "Wheel-Version: 1.0\nGenerator: here\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    links = tmp_path / "links"
+    links.mkdir()
+    for one in ("1.0", "1.0+cpu"):
+        with zipfile.ZipFile(links / f"nemo_nothing-{one}-py3-none-any.whl", "w") as wheel:
+            info = f"nemo_nothing-{one}.dist-info"
+            about = f"Metadata-Version: 2.1\nName: nemo-nothing\nVersion: {one}\n"
+            wheel.writestr(f"{info}/METADATA", about)
+            wheel.writestr(f"{info}/WHEEL", builder)
+            wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
+    local = links / "nemo_nothing-1.0+cpu-py3-none-any.whl"
+    digest = hashlib.sha256(local.read_bytes()).hexdigest()
+    entry = f"nemo-nothing==1.0+cpu \\\n    --hash=sha256:{digest}\n"
+    assert entry == lock.local_build("nemo-nothing==1.0", "")
+
+    local.unlink()
+    assert entry == lock.local_build("nemo-nothing==1.0", f"# a head\n{entry}")
+    assert not lock.local_build("nemo-nothing==1.0", entry.replace("1.0+", "1.1+"))
 
 
 def test_uv_resolves_with_hashes_and_keeps_what_fits(tmp_path: Path) -> None:
@@ -218,7 +240,7 @@ def test_uv_resolves_with_hashes_and_keeps_what_fits(tmp_path: Path) -> None:
     except subprocess.CalledProcessError:
         pytest.skip("no package index is reached from here")
     assert lock.pin_of(lock.blocks(kept)["iniconfig"]) == "iniconfig==2.0.0"
-    assert lock.HASH.findall(kept)
+    assert "--hash=sha256:" in kept
     newer = lock.resolved(str(source), keep="iniconfig==2.0.0\n", upgrade=True)
     assert lock.pin_of(lock.blocks(newer)["iniconfig"]) != "iniconfig==2.0.0"
 
