@@ -24,6 +24,7 @@ UNSAID: Final = {"cuda-toolkit": "none named: a meta-package, which only require
 """Of packages that name no licence, what there is to say."""
 WHY: Final = {
     "codespell": "spelling, in `nox -s lint`",
+    "editables": "hatchling's editable installs",
     "fsspec": "checkpoints behind a URL",
     "furo": "the documentation's theme",
     "hatchling": "builds the wheel",
