@@ -136,7 +136,9 @@ def resolved_of(requirement: str, *, keep: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch) / "requirements.in"
         source.write_text(f"{requirement}\n", encoding="utf-8")
-        return resolved(str(source), keep=keep, upgrade=False)
+        # uv notes where a requirement came from; that file is gone in a moment.
+        text = resolved(str(source), keep=keep, upgrade=False)
+        return text.replace(f"-r {source}", "nox")
 
 
 def text_of(file: str, entries: Mapping[str, str], names: Iterable[str]) -> str:
