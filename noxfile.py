@@ -1,9 +1,9 @@
 """The project's jobs: `nox -s parity` is the main one, `nox -l` lists the rest.
 
-All sessions share one virtual environment under `.nox/env`, built from `.ci/constraints.txt` and
-rebuilt when that file or the dependencies change: torch is too big to install four times. Where
-torch and Transformer Engine are there already, in a container say, NEMOTRON_BRIDGE_PYTHON names
-the interpreter that has them, and nothing is installed.
+All sessions share one virtual environment under `.nox/env`, built from `.ci/constraints.txt`, hash
+by hash, and rebuilt when that file or the dependencies change: torch is too big to install four
+times. Where torch and Transformer Engine are there already, in a container say,
+NEMOTRON_BRIDGE_PYTHON names the interpreter that has them, and nothing is installed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,39 @@ nox.options.sessions = ["lint", "tests", "parity"]
 nox.options.stop_on_first_error = True
 
 ROOT = Path(__file__).parent
+CI = ROOT / ".ci"
 ENVIRONMENT = ROOT / ".nox" / "env"
+PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
+# Each file's sha256 must be one that the list has, and nothing is built or picked beyond it.
+LISTED = (
+    *PIP,
+    "install",
+    "--require-hashes",
+    "--only-binary",
+    ":all:",
+    "--no-deps",
+    "--requirement",
+)
+WANTS_CUDA = (
+    "from importlib.metadata import requires;"
+    "print(any(one.startswith(('cuda-', 'nvidia-')) for one in requires('torch') or ()))"
+)
 PEER = (
     *("torch==2.13.0", "megatron-core==0.16.1", "transformers==4.57.6", "hydra-core==1.3.2"),
     *("einops", "omegaconf", "psutil", "pyyaml", "rich", "six", "tensorboard", "triton"),
 )
 STAMP = ENVIRONMENT / "inputs.sha256"
+
+
+def install(session: nox.Session, python: str, listed: str, project: tuple[str, ...]) -> None:
+    """Fill a virtual environment with a list of `.ci` and the project; nothing may be missing."""
+    # Two torches have the version that is pinned. Where pip finds the small one, it is enough.
+    session.run(python, *LISTED, str(CI / "cpu.txt"), success_codes=[0, 1], silent=True)
+    session.run(python, *LISTED, str(CI / listed))
+    if "True" in str(session.run(python, "-c", WANTS_CUDA, silent=True)):
+        session.run(python, *LISTED, str(CI / "cuda.txt"))
+    session.run(python, *PIP, "install", "--no-deps", "--no-build-isolation", *project)
+    session.run(python, *PIP, "check")
 
 
 def environment(session: nox.Session) -> str:
@@ -41,15 +68,12 @@ def environment(session: nox.Session) -> str:
         )
         return given
     python = ENVIRONMENT / "bin" / "python"
-    inputs = [(ROOT / name).read_bytes() for name in (".ci/constraints.txt", "pyproject.toml")]
+    inputs = [path.read_bytes() for path in (*sorted(CI.glob("*.txt")), ROOT / "pyproject.toml")]
     wanted = hashlib.sha256(b"\0".join([sys.version.encode(), *inputs])).hexdigest()
     if not (python.exists() and STAMP.exists() and STAMP.read_text() == wanted):
         shutil.rmtree(ENVIRONMENT, ignore_errors=True)
         session.run(sys.executable, "-m", "venv", str(ENVIRONMENT))
-        session.run(
-            *(str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-            *("--constraint", str(ROOT / ".ci" / "constraints.txt"), "--editable", f"{ROOT}[dev]"),
-        )
+        install(session, str(python), "constraints.txt", ("--editable", str(ROOT)))
         STAMP.write_text(wanted)
     return str(python)
 
@@ -186,17 +210,12 @@ def wheel(session: nox.Session) -> None:
     python = environment(session)
     out = (ROOT / "out" / "wheel").absolute()
     shutil.rmtree(out, ignore_errors=True)
-    session.run(
-        *(python, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps"),
-        *("--wheel-dir", str(out), str(ROOT)),
-    )
+    built_by = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out))
+    session.run(python, *PIP, *built_by, str(ROOT))
     (built,) = out.glob("*.whl")
     session.run(sys.executable, "-m", "venv", str(out / "env"))
     tools = out / "env" / "bin"
-    session.run(
-        *(str(tools / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
-        *("--constraint", str(ROOT / ".ci" / "constraints.txt"), str(built)),
-    )
+    install(session, str(tools / "python"), "wheel.txt", (str(built),))
     command = str(tools / "nemotron-bridge")
     session.chdir(out)  # nothing of the clone may be found by accident
     session.env["PYTHONPATH"] = ""
@@ -224,12 +243,29 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def constraints(session: nox.Session) -> None:
-    """Resolve the dependencies anew and write `.ci/constraints.txt`."""
+    """Write what CI installs, with hashes (the newest versions that fit: `-- --upgrade`)."""
     python = environment(session)
-    frozen = session.run(python, "-m", "pip", "freeze", "--exclude-editable", silent=True) or ""
-    pins = [line for line in str(frozen).splitlines() if "==" in line]
-    # A local version (+cpu) exists on no index; the plain one lets pip take the local build.
-    text = "\n".join(line.partition("+")[0] for line in pins)
-    (ROOT / ".ci" / "constraints.txt").write_text(
-        f"# What CI installs. `nox -s constraints` writes it.\n{text}\n"
+    session.run(python, str(CI / "lock.py"), *session.posargs)
+    session.notify("licences")
+
+
+@nox.session
+def licences(session: nox.Session) -> None:
+    """Write docs/licences.md, of what is pinned."""
+    python = environment(session)
+    session.run(python, str(CI / "licences.py"))
+
+
+@nox.session
+def sbom(session: nox.Session) -> None:
+    """Write out/sbom.json: a CycloneDX list of what the wheel needs, by hash."""
+    tools = ROOT / ".nox" / "sbom"
+    session.run(sys.executable, "-m", "venv", "--clear", str(tools))
+    session.run(str(tools / "bin" / "python"), *LISTED, str(CI / "sbom.txt"))
+    out = ROOT / "out"
+    out.mkdir(exist_ok=True)
+    session.run(
+        *(str(tools / "bin" / "cyclonedx-py"), "requirements", str(CI / "wheel.txt")),
+        *("--pyproject", str(ROOT / "pyproject.toml"), "--output-reproducible"),
+        *("--output-file", str(out / "sbom.json")),
     )

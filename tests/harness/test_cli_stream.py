@@ -174,12 +174,11 @@ def test_only_what_does_not_fit_is_streamed_unasked(
 def test_a_streamed_checkpoint_is_asked_the_same(tmp_path: Path) -> None:
     """--stream on a checkpoint that would fit; its report has everything a report has."""
     write_checkpoint(toy_named("nano-4b"), tmp_path / "hf")
-    done = subprocess.run(  # noqa: S603 - our own command
-        [sys.executable, "-m", "harness", "verify", "--hf-model", str(tmp_path / "hf"), "--stream",
-         "--report", str(tmp_path / "report"), "--checks", "logits,blocks,rope"],
-        capture_output=True, text=True, check=False, timeout=240,
+    done = CliRunner().invoke(
+        app, ["verify", "--hf-model", str(tmp_path / "hf"), "--stream",
+              "--report", str(tmp_path / "report"), "--checks", "logits,blocks,rope"],
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert "4 passed, 0 failed, 1 not run (streamed)" in done.stdout
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert {"evidence.json", "report.html", "junit.xml", "journal.jsonl"} <= names
@@ -199,15 +198,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def streamed(hf: Path, megatron: Path) -> list[dict[str, Any]]:
     """The failed cases of a pair, and that the command says so."""
-    done = subprocess.run(  # noqa: S603 - our own command
-        [sys.executable, "-m", "harness", "verify", "--hf-model", str(hf), "--megatron-path",
-         str(megatron), "--stream", "--json"],
-        capture_output=True, text=True, check=False, timeout=240,
+    done = CliRunner().invoke(
+        app, ["verify", "--hf-model", str(hf), "--megatron-path", str(megatron), "--stream",
+              "--json"],
     )  # fmt: skip
     assert "Traceback" not in done.stderr
     cases = json.loads(done.stdout)["cases"]
     failed = [case for case in cases if case["status"] == "failed"]
-    assert done.returncode == (1 if failed else 0), done.stderr
+    assert done.exit_code == (1 if failed else 0), done.stderr
     assert [case["check"] for case in cases if case["status"] == "passed"]
     return failed
 

@@ -21,6 +21,7 @@ from bridge.convert import import_checkpoint
 from bridge.decilm import load_reference
 from harness.locations import suites_dir
 from harness.toys import toy_named, write_checkpoint
+from tests.commands import Run
 
 pytestmark = pytest.mark.ranks
 TOY = "super-49b-v1_5"
@@ -74,7 +75,7 @@ def test_verify_passes_on_a_healthy_checkpoint_and_leaves_evidence(
 
 
 def test_verify_names_the_place_where_two_key_heads_were_exchanged(
-    hf: Path, tmp_path: Path
+    run: Run, hf: Path, tmp_path: Path
 ) -> None:
     """Layer, tensor, rows and whose they are; exit code 1."""
     damaged = tmp_path / "damaged"
@@ -89,22 +90,22 @@ def test_verify_names_the_place_where_two_key_heads_were_exchanged(
     save_tensors(tensors, shard, metadata={"format": "pt"})
     import_checkpoint(damaged, tmp_path / "megatron")
 
-    done = nemotron_bridge(
+    done = run(
         "verify", "--hf-model", hf, "--megatron-path", tmp_path / "megatron",
         "--checks", "round_trip",
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "FAILED round_trip/super-toy/tp1-pp1/float32" in done.stdout
+    assert done.code == 1
+    assert "FAILED round_trip/super-toy/tp1-pp1/float32" in done.out
     # 16 query heads of 8 channels in 2 groups: a group's key follows its 64 query rows.
     assert (
         f"{name}[0, 0]: 2048 elements differ, this one first; in "
         "decoder.layers.6.self_attention.linear_qkv.weight[64, 0], rows 64-71 = query group 0's key"
-    ) in done.stdout
-    assert "0 passed, 1 failed" in done.stdout
+    ) in done.out
+    assert "0 passed, 1 failed" in done.out
 
 
 def test_verify_names_a_rope_value_that_the_megatron_checkpoint_has_otherwise(
-    hf: Path, tmp_path: Path
+    run: Run, hf: Path, tmp_path: Path
 ) -> None:
     """Weights alone are equal; what Megatron would do with them is not."""
     changed = tmp_path / "changed"
@@ -116,16 +117,16 @@ def test_verify_names_a_rope_value_that_the_megatron_checkpoint_has_otherwise(
     (changed / "config.json").write_text(json.dumps(config), "utf-8")
     import_checkpoint(changed, tmp_path / "megatron")
 
-    done = nemotron_bridge(
+    done = run(
         "verify", "--hf-model", hf, "--megatron-path", tmp_path / "megatron",
         "--checks", "round_trip",
     )  # fmt: skip
-    assert done.returncode == 1
-    assert "low_freq_factor=2.0" in done.stdout
+    assert done.code == 1
+    assert "low_freq_factor=2.0" in done.out
 
 
 def test_logits_of_both_sides_agree_and_are_the_models_own(
-    hf: Path, megatron: Path, tmp_path: Path
+    run: Run, hf: Path, megatron: Path, tmp_path: Path
 ) -> None:
     """(batch, seq, vocab_size), float32, unpadded; positions as given, per row too."""
     ids = np.array([[1, 522, 0, 17], [5, 4, 3, 2]])
@@ -137,11 +138,11 @@ def test_logits_of_both_sides_agree_and_are_the_models_own(
         "megatron": ["--megatron-path", megatron, "--tp", "2", "--pp", "2"],
     }
     for side, flags in sides.items():
-        done = nemotron_bridge(
+        done = run(
             "logits", *flags, "--input", tmp_path / "in.safetensors",
             "--output", tmp_path / f"{side}.safetensors",
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
         (outputs[side],) = load_file(tmp_path / f"{side}.safetensors").values()
     model = load_reference(hf)
     with torch.no_grad():
@@ -178,22 +179,24 @@ def test_logits_of_both_sides_agree_and_are_the_models_own(
     ],
 )
 def test_bad_usage_is_said_on_stderr_with_exit_code_2(
-    arguments: list[str], code: int, said: str
+    run: Run, arguments: list[str], code: int, said: str
 ) -> None:
     """Code, place, help; no traceback, and nothing on stdout."""
-    done = nemotron_bridge(*arguments)
-    assert code == done.returncode
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+    done = run(*arguments)
+    assert code == done.code
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert done.out == ""
 
 
-def test_a_layout_that_does_not_fit_the_model_is_refused_before_any_work(hf: Path) -> None:
+def test_a_layout_that_does_not_fit_the_model_is_refused_before_any_work(
+    run: Run, hf: Path
+) -> None:
     """16 heads over 3 ranks: bad usage, not a failed check."""
-    done = nemotron_bridge("verify", "--hf-model", hf, "--layouts", "tp1-pp1,tp3-pp1")
-    assert done.returncode == 2
-    assert "BR201 tensor_model_parallel_size=3" in done.stderr
-    assert done.stdout == ""
+    done = run("verify", "--hf-model", hf, "--layouts", "tp1-pp1,tp3-pp1")
+    assert done.code == 2
+    assert "BR201 tensor_model_parallel_size=3" in done.err
+    assert done.out == ""
 
 
 def test_an_interrupted_run_ends_with_130_and_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -215,11 +218,11 @@ def test_an_interrupted_run_ends_with_130_and_leaves_nothing_behind(tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
-def test_list_prints_the_selected_ids_and_runs_nothing() -> None:
+def test_list_prints_the_selected_ids_and_runs_nothing(run: Run) -> None:
     """The dry run."""
-    done = nemotron_bridge("parity", "--list", "--select", "rope/tied/tp2")
-    assert done.returncode == 0
-    assert done.stdout.split() == ["rope/tied/tp2-pp1/float32", "rope/tied/tp2-pp2/float32"]
+    done = run("parity", "--list", "--select", "rope/tied/tp2")
+    assert done.code == 0
+    assert done.out.split() == ["rope/tied/tp2-pp1/float32", "rope/tied/tp2-pp2/float32"]
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
