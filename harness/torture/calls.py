@@ -32,10 +32,9 @@ _WRITES: Final = {
     "copy_file_range": (1,), "sendfile": (0,), "fsync": (0,), "fdatasync": (0,),
 }  # fmt: skip
 """Functions of `os` that change something, and which of their arguments say where."""
-_READS: Final = {
-    name: (0,)
-    for name in ("read", "readv", "pread", "preadv", "stat", "lstat", "scandir", "listdir")
-}
+_READS: Final = dict.fromkeys(
+    ("read", "readv", "pread", "preadv", "stat", "lstat", "scandir", "listdir"), (0,)
+)
 _ENTERS: Final = {"mkdir": 0, "rename": 1, "replace": 1, "link": 1, "symlink": 1}
 _PATCHED_WITH_OS: Final = ("bridge", "harness", "shutil", "tempfile", "pathlib", "fsspec", "glob")
 """Whose own names for these functions, taken at import, are replaced, too."""
@@ -122,7 +121,7 @@ class Layer:
         result: int = self._call(name, kind, found, _real_open, (path, flags, *args), kwargs)
         return result
 
-    def _io_open(
+    def _io_open(  # noqa: PLR0917 - `open`'s own signature
         self,
         file: Any,  # noqa: ANN401 - `open`'s
         mode: str = "r",
@@ -135,7 +134,9 @@ class Layer:
     ) -> Any:  # noqa: ANN401 - as above
         if self._counted("r", [file], {}) is None:
             return _real_io_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
-        raw = _SeenFile(self, file, mode.replace("b", "").replace("t", ""), closefd, opener)
+        raw = _SeenFile(
+            self, file, mode.replace("b", "").replace("t", ""), closefd=closefd, opener=opener
+        )
         if buffering == 0:
             return raw
         stream: Any
@@ -243,7 +244,13 @@ class _SeenFile(io.FileIO):
     """A file whose reads and writes go through a layer."""
 
     def __init__(
-        self, layer: Layer, file: Any, mode: str, closefd: bool, opener: Call | None  # noqa: ANN401, FBT001
+        self,
+        layer: Layer,
+        file: Any,  # noqa: ANN401 - path or descriptor
+        mode: str,
+        *,
+        closefd: bool,
+        opener: Call | None,
     ) -> None:
         self._layer = layer
         super().__init__(file, mode, closefd, opener or os.open)
@@ -278,7 +285,7 @@ def _path_of(place: Any, directory: int | None) -> str:  # noqa: ANN401 - path o
         except OSError:
             return ""
     path = os.fsdecode(place)
-    if directory is not None and not os.path.isabs(path):
+    if directory is not None and not path.startswith("/"):
         path = os.path.join(_path_of(directory, None), path)  # noqa: PTH118 - pathlib asks the system
     return os.path.abspath(path)  # noqa: PTH100 - as above
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from harness.torture.faults import Fault
-from harness.torture.scenarios import BUCKET, Prepared, State, contents
+from harness.torture.scenarios import Prepared, State, contents
+from harness.torture.store import BUCKET
 from harness.torture.warm import Ended
 
 _TOLD: Final = re.compile(r"^((?:BR|HN)\d{3}) ", re.MULTILINE)
@@ -97,7 +98,7 @@ class Judge:
         )
 
     def _beside(self, *, hidden_too: bool) -> None:
-        """See that nobody takes anything else for a checkpoint; at the end, that nothing is left."""
+        """See that nothing beside it looks like a checkpoint; at the end, that nothing is there."""
         target = self.prepared.scenario.target(self.place)
         allowed = {self.place / BUCKET, self.place / "uploads", target}
         for path in sorted({*self.place.iterdir(), *target.parent.iterdir()} - allowed):

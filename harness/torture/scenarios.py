@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,8 @@ from harness.errors import TortureError
 from harness.torture.store import BUCKET, PROTOCOL
 from harness.torture.warm import Ended, Job, Warm
 
-RESUME: Final = ()
-"""What is added to a command to take it up again."""
 TARGET: Final = "out"
+_PAGE: Final = 4096
 _LAST: Final = {
     "import": ("latest_checkpointed_iteration.txt",),
     "export": ("config.json",),
@@ -70,11 +70,15 @@ class Scenario:
     @property
     def workers(self) -> int:
         """Processes that it consists of."""
-        return int(self.flags[self.flags.index("--workers") + 1]) if "--workers" in self.flags else 1
+        return (
+            int(self.flags[self.flags.index("--workers") + 1]) if "--workers" in self.flags else 1
+        )
 
     def arguments(self, sources: Path, place: Path, *, resume: bool = False) -> list[str]:
         """The command line, for a target in a directory."""
-        source = str(sources / ("hf" if self.command == "import" else "megatron") / self.source.name)
+        source = str(
+            sources / ("hf" if self.command == "import" else "megatron") / self.source.name
+        )
         target = str(self.target(place))
         if self.where != "path":
             target = f"{'file' if self.where == 'file' else PROTOCOL}://{target}"
@@ -84,7 +88,7 @@ class Scenario:
             else ["--megatron-path", source, "--hf-path", target]
         )
         overwrite = ["--overwrite"] if self.overwrites else []
-        again = list(RESUME) if resume else []
+        again = ["--resume"] if resume else []
         return [self.command, *paths, "--verify", "bits", *self.flags, *overwrite, *again]
 
     def target(self, place: Path) -> Path:
@@ -146,6 +150,8 @@ class Prepared:
         old: What lies where the target goes, by name; empty where nothing does.
         right: What the target is to be, by name: sha256 of files, and directories.
         calls: What it did: `w` or `r`, the function, the path within the place.
+        old_nbytes: That `old` takes on the disk.
+        nbytes: That `right` does.
         seconds: It took.
     """
 
@@ -153,6 +159,8 @@ class Prepared:
     old: Mapping[str, str]
     right: Mapping[str, str]
     calls: Sequence[tuple[str, str, str]]
+    old_nbytes: int
+    nbytes: int
     seconds: float
 
 
@@ -180,13 +188,20 @@ class Ground:
 
     def lay_old(self, scenario: Scenario, place: Path) -> None:
         """Put another checkpoint where the target goes, if the scenario overwrites one."""
-        (place / BUCKET).rmdir() if scenario.where != "store" else None
+        if scenario.where != "store":
+            (place / BUCKET).rmdir()
         if scenario.overwrites:
             kind = "megatron" if scenario.command == "import" else "hf"
-            copy_tree(self.root / "old" / kind / scenario.source.name, scenario.target(place))
+            shutil.copytree(self.root / "old" / kind / scenario.source.name, scenario.target(place))
 
     def job(
-        self, scenario: Scenario, directory: Path, run: int, *, fault: str = "", resume: bool = False
+        self,
+        scenario: Scenario,
+        directory: Path,
+        run: int,
+        *,
+        fault: str = "",
+        resume: bool = False,
     ) -> Job:
         """The command of a trial, its `run`th."""
         return Job(
@@ -224,7 +239,7 @@ class Ground:
                 _require(warm.run(Job(
                     arguments=arguments, directory=job.directory, sources=[], log=job.log
                 )), arguments)  # fmt: skip
-                remove_tree(directory)
+                shutil.rmtree(directory)
 
     def prepare(self, scenario: Scenario, warm: Warm) -> Prepared:
         """Run a scenario unhurt, and see what it does and makes.
@@ -235,17 +250,23 @@ class Ground:
         directory = self.trial(f"clean-{scenario.name}")
         place = directory / "place"
         self.lay_old(scenario, place)
-        old = contents(scenario.target(place))
+        old, old_nbytes = contents(scenario.target(place)), nbytes_below(scenario.target(place))
         job = self.job(scenario, directory, 0)
         ended = _require(warm.run(job), job.arguments)
-        right = contents(scenario.target(place))
+        right, nbytes = contents(scenario.target(place)), nbytes_below(scenario.target(place))
         calls = [
             (kind, name, os.path.relpath(path, self.root))
             for kind, name, path in ended.seen["events"]
         ]
-        remove_tree(directory)
+        shutil.rmtree(directory)
         return Prepared(
-            scenario=scenario, old=old, right=right, calls=calls, seconds=ended.seconds
+            scenario=scenario,
+            old=old,
+            right=right,
+            calls=calls,
+            old_nbytes=old_nbytes,
+            nbytes=nbytes,
+            seconds=ended.seconds,
         )
 
 
@@ -263,18 +284,10 @@ def contents(directory: Path) -> dict[str, str]:
     return found
 
 
-def copy_tree(source: Path, target: Path) -> None:
-    """Copy a directory; files may share their storage, as nothing may write to either."""
-    import shutil
-
-    shutil.copytree(source, target)
-
-
-def remove_tree(directory: Path) -> None:
-    """Remove a directory, whatever is in it."""
-    import shutil
-
-    shutil.rmtree(directory, ignore_errors=True)
+def nbytes_below(directory: Path) -> int:
+    """Bytes that the files below a directory take on a disk, in whole pages."""
+    sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
+    return sum(-(-size // _PAGE) * _PAGE for size in sizes)
 
 
 def _require(ended: Ended, arguments: Sequence[Any]) -> Ended:

@@ -6,13 +6,17 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from bridge.errors import UsageError
+from harness.torture.disk import plenty, room, small_disk
 from harness.torture.faults import (
     ERRORS,
     KILLS,
@@ -31,8 +35,8 @@ from harness.torture.scenarios import (
     Scenario,
     State,
     contents,
-    remove_tree,
 )
+from harness.torture.store import BUCKET
 from harness.torture.warm import Ended, Warm, session_of
 
 Kind = Literal["kill", "error"]
@@ -43,8 +47,10 @@ _SIGNALLED: Final = 0.15
 """The part of them that come from outside, at any time."""
 _READ: Final = 0.35
 """The part of the errors that reading meets."""
-_SETTLED: Final = 0.9
+_SETTLED: Final = 0.8
 """Up to which part of a command's time it is killed from outside."""
+_ROOMS: Final = (0.02, 0.6, 0.97)
+"""Parts of what a target takes that a small disk has room for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +181,16 @@ def errors(prepared: Mapping[str, Prepared], count: int, chance: random.Random) 
     return found
 
 
+def disks(prepared: Mapping[str, Prepared]) -> list[Trial]:
+    """Trials on disks that are too small, by a lot and by a little, for one process and a path."""
+    return [
+        Trial(scenario=one.scenario, faults=(Fault(on="d", at=part, how="disk"),))
+        for one in prepared.values()
+        if one.scenario.where == "path" and one.scenario.workers == 1
+        for part in _ROOMS
+    ]
+
+
 def shares(among: Sequence[Prepared], count: int) -> Iterable[tuple[Prepared, int]]:
     """Deal a count out evenly."""
     for index, one in enumerate(among):
@@ -214,31 +230,55 @@ def run_trial(trial: Trial, prepared: Prepared, ground: Ground, warm: Warm, name
         ground: Where.
         warm: Who forks.
         name: Of the trial's directory, which is removed when all went well.
+
+    Raises:
+        OSError: The trial is about a small disk, and none can be mounted.
     """
+    directory = ground.trial(name)
+    parts = [fault.at for fault in trial.faults if fault.on == "d"]
+    with ExitStack() as stack:
+        make_room = None
+        if parts:
+            size = room(prepared.old_nbytes, prepared.nbytes, parts[0])
+            make_room = stack.enter_context(small_disk(directory / "place", size))
+        outcome = _run_on(trial, prepared, ground, warm, directory, make_room)
+    if not outcome.problems:
+        shutil.rmtree(directory)
+    return outcome
+
+
+def _run_on(
+    trial: Trial,
+    prepared: Prepared,
+    ground: Ground,
+    warm: Warm,
+    directory: Path,
+    make_room: Callable[[int], None] | None,
+) -> Outcome:
     started = time.monotonic()
     scenario = trial.scenario
-    directory = ground.trial(name)
     place = directory / "place"
+    (place / BUCKET).mkdir(exist_ok=True)  # a disk that was mounted there is empty
     ground.lay_old(scenario, place)
     judge = Judge(prepared, place)
     struck, runs, states = [], [], []
     for number, fault in enumerate((*trial.faults, None)):
+        if fault is None and make_room is not None:
+            make_room(plenty(prepared.old_nbytes, prepared.nbytes))
         spelt = str(fault) if fault is not None and fault.on in "rw" else ""
         job = ground.job(scenario, directory, number, fault=spelt, resume=number > 0)
-        meanwhile = (
-            _signalling(fault, prepared.seconds, scenario.workers)
-            if fault is not None and fault.on == "t"
-            else None
-        )
+        meanwhile = None
+        if fault is not None and fault.on == "t":
+            meanwhile = _signalling(fault, prepared.seconds, scenario.workers)
         ended = warm.run(job, meanwhile=meanwhile)
         runs.append(ended)
-        if fault is not None:
+        if fault is None:
+            states.append(judge.at_the_end(ended))
+        else:
             struck.append(_struck(fault, ended, str(directory)))
             states.append(judge.after(ended, fault))
-        else:
-            states.append(judge.at_the_end(ended))
     said = "\n".join(f"$ run {number}\n{ended.err}" for number, ended in enumerate(runs))
-    outcome = Outcome(
+    return Outcome(
         trial=trial,
         struck=tuple(struck),
         states=tuple(states),
@@ -248,12 +288,11 @@ def run_trial(trial: Trial, prepared: Prepared, ground: Ground, warm: Warm, name
         seconds=time.monotonic() - started,
         said=said if judge.problems else "",
     )
-    if not judge.problems:
-        remove_tree(directory)
-    return outcome
 
 
 def _struck(fault: Fault, ended: Ended, directory: str) -> str:
+    if fault.on == "d":
+        return "a disk that is too small" if ended.code != 0 else ""
     if fault.on == "t":
         return f"SIGKILL to the {fault.how}" if ended.code != 0 else ""
     name, _, path = str(ended.seen.get("struck", "")).partition(" ")
@@ -269,16 +308,10 @@ def _signalling(fault: Fault, seconds: float, workers: int) -> Callable[[int], N
         # The last of the others is a hand: multiprocessing's resource tracker starts first.
         targets = {"group": members, "lead": [leader], "hand": members[workers:][-1:]}[fault.how]
         for pid in targets:
-            with _gone_already():
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     return kill
-
-
-def _gone_already() -> Any:  # noqa: ANN401 - a context manager
-    import contextlib
-
-    return contextlib.suppress(ProcessLookupError)
 
 
 def same(before: Mapping[str, str], ground: Ground) -> list[str]:

@@ -77,7 +77,7 @@ class Warm:
     """
 
     def __init__(self, load: Sequence[str] = ()) -> None:
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 - our own module
             [sys.executable, "-m", "harness.torture.server", *load],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
