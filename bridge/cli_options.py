@@ -77,6 +77,14 @@ Workers = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing target once the new one is done.")
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with what a killed or failed attempt has left beside the target; from the "
+        "start where there is nothing. Nothing to do where the target is complete.",
+    ),
+]
 Staging = Annotated[
     Path | None,
     typer.Option(
@@ -160,6 +168,7 @@ def conversion_options(
     workers: int | None,
     *,
     overwrite: bool,
+    resume: bool,
     carry: Collection[str] | None,
     staging: Path | None,
     hf_model_id: str | None = None,
@@ -183,6 +192,7 @@ def conversion_options(
         limits=transfer_limits(memory_budget, workers),
         verify="none" if verify == "none" else "auto",
         overwrite=overwrite,
+        resume=resume,
         carry=carry or (),
         progress=RichProgress(),
         staging=staging,

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any, Final, Literal
 
 from bridge.casting import Loss, RoundedSource, refuse_overflow, rounding_note
 from bridge.crew.protocol import Crew
 from bridge.crew.sharing import share_of
 from bridge.dtypes import Dtype
-from bridge.errors import VerificationError
+from bridge.errors import CorruptFileError, UsageError, VerificationError
+from bridge.manifest import Manifest
+from bridge.padding import nonzero_padding
 from bridge.plan import Plan
 from bridge.progress import Progress, Silent
+from bridge.reading import read_bands
 from bridge.rounding import round_by_definition
+from bridge.sealing import ReadSide, Sealed, is_done_already, seal
+from bridge.storage.journal import Job, changed, fingerprint, job_of
 from bridge.storage.new_checkpoint import NewCheckpoint
-from bridge.storage.remote import Location
+from bridge.storage.remote import Location, RemotePath
 from bridge.storage.safetensors_layout import total_nbytes
 from bridge.storage.source import FileLayout, TensorInfo, TensorSource
-from bridge.tiling import Box, Tiling, bands
+from bridge.tiling import Tiling
 from bridge.transfer import Digest, TransferLimits, compare
 
+DONE_ALREADY: Final = (
+    "nothing to do: the target was complete, and has the hashes of its manifest, like its source",
+)
 Verify = Literal["auto", "none"]
 DtypeName = Literal["bfloat16", "float16", "float32"]
 
@@ -38,6 +45,7 @@ class ConversionOptions:
         limits: Memory and threads of each process that takes part.
         verify: `auto` reads the target back and compares it with the source bit by bit.
         overwrite: Replace an existing target, once the new one is complete and verified.
+        resume: Go on with what an earlier attempt at the same conversion has left.
         carry: Unknown configuration fields to carry along by the caller's word.
         progress: Who watches.
         staging: Where files are built before their upload, for a target behind a URL; None takes
@@ -51,6 +59,7 @@ class ConversionOptions:
     limits: TransferLimits = field(default_factory=TransferLimits)
     verify: Verify = "auto"
     overwrite: bool = False
+    resume: bool = False
     carry: Collection[str] = ()
     progress: Progress = field(default_factory=Silent)
     staging: Path | None = None
@@ -112,6 +121,68 @@ class ConversionJob:
     verify_seconds: float = 0.0
     peak_rss: int = 0
 
+    def job(
+        self,
+        read: ReadSide,
+        layouts: Sequence[FileLayout],
+        *,
+        small: bytes,
+        beside: Mapping[str, str] | None = None,
+    ) -> Job:
+        """What this conversion makes, and from what.
+
+        Args:
+            read: The source.
+            layouts: Every file of weights that it makes.
+            small: What else decides its bytes.
+            beside: Of `fingerprint`: other files that are read.
+
+        Raises:
+            UsageError: BR001, to be gone on with, and nothing would show that a file is damaged.
+        """
+        resume, verify = self.options.resume, self.options.verify
+        if resume and verify == "none" and isinstance(self.target_path, RemotePath):
+            raise UsageError(
+                "--resume of a target behind a URL takes files for complete by their size, and "
+                "--verify none would not compare them",
+                hint="leave --verify none away",
+            )
+        return job_of(
+            layouts,
+            {**fingerprint(read.root, read.names), **(beside or {})},
+            resume=resume,
+            direction=self.direction,
+            plan=self.plan.digest(),
+            dtype=self.dtype.name if self.dtype is not None else "as it is",
+            other=hashlib.sha256(small).hexdigest(),
+        )
+
+    def done_already(self, read: ReadSide, job: Job) -> Manifest | None:
+        """The target's manifest where an earlier attempt was killed after its last step."""
+        if not self.options.resume:
+            return None
+        return is_done_already(
+            self.target_path, read, job, crew=self.crew, limits=self.options.limits
+        )
+
+    def refuse_changed_source(
+        self, read: ReadSide, job: Job, *, beside: Mapping[str, str] | None = None
+    ) -> None:
+        """See that the source is still what it was at the start.
+
+        Raises:
+            CorruptFileError: BR302, naming the files that are not.
+        """
+        if isinstance(read.root, RemotePath):
+            read.root.forget_listings()
+        now = {**fingerprint(read.root, read.names), **(beside or {})}
+        if moved := changed(job.source, now):
+            raise CorruptFileError(
+                "the source was changed while it was converted",
+                where=moved,
+                hint="let nobody write to it, and convert again; the target was not created",
+            )
+
     def write(
         self,
         layouts: Sequence[FileLayout],
@@ -128,11 +199,15 @@ class ConversionJob:
         sizes = [layout.payload_nbytes for layout in layouts]
         effort = sum(map(new.effort, layouts))
         mine = share_of(self.crew, layouts, sizes)
+        limits = self.options.limits
         started = time.perf_counter()
         with self.crew.phase(self.options.progress, "convert", effort) as advance:
-            new.write_files(
-                mine, rounded or source, tilings, limits=self.options.limits, advance=advance
-            )
+            for layout in filter(new.is_complete, mine):
+                if rounded is not None:
+                    _round_again(layout, rounded, tilings, limits)
+                advance(new.effort(layout))
+            lacking = [layout for layout in mine if not new.is_complete(layout)]
+            new.write_files(lacking, rounded or source, tilings, limits=limits, advance=advance)
             self.peak_rss = sum(self.crew.gather(peak_rss()))
         self.convert_seconds = time.perf_counter() - started
         if rounded is not None:
@@ -143,7 +218,10 @@ class ConversionJob:
                 refuse_overflow(self.losses, rounded.dtype)
 
     def verify(self, hf: TensorSource, megatron: TensorSource) -> dict[str, str]:
-        """Compare both sides bit by bit as they lie on the disk; sha256 of every HF tensor.
+        """Compare both sides bit by bit as they lie on the disk.
+
+        Returns:
+            sha256 of every HF tensor where the conversion rounds; elsewhere `seal` has them.
 
         Where they differ in dtype, with the source's rounded once more and in another way.
 
@@ -161,9 +239,12 @@ class ConversionJob:
         sizes = [hf.tensors[name].nbytes for name in tilings]
         mine = {name: tilings[name] for name in share_of(self.crew, list(tilings), sizes)}
         with self.crew.phase(self.options.progress, "verify", sum(sizes)) as advance:
-            found = compare(hf, megatron, mine, limits=self.options.limits, advance=advance)
+            found = compare(
+                *(hf, megatron, mine), limits=self.options.limits, advance=advance,
+                hashed=self.dtype is not None,
+            )  # fmt: skip
             shares = self.crew.gather((found, peak_rss()))
-        self.verify_seconds = time.perf_counter() - started
+        self.verify_seconds += time.perf_counter() - started
         self.peak_rss = sum(peak for _, peak in shares)
         by_name = {digest.name: digest for share, _ in shares for digest in share}
         digests = [by_name[name] for name in tilings]
@@ -174,7 +255,7 @@ class ConversionJob:
                 where=wrong,
                 hint="suspect the disk or the memory: the target was not created",
             )
-        return {digest.name: digest.sha256 for digest in digests}
+        return {digest.name: digest.sha256 for digest in digests if digest.sha256}
 
     def verify_padding(self, megatron: TensorSource) -> None:
         """See that the rows which pad the vocabulary are zero as they lie on the disk.
@@ -203,6 +284,19 @@ class ConversionJob:
                 where=wrong,
                 hint="suspect the disk or the memory: the target was not created",
             )
+
+    def seal(self, source: ReadSide, layouts: Sequence[FileLayout], new: NewCheckpoint) -> Sealed:
+        """Hash what was read and what was written; see `bridge.sealing.seal`."""
+        if self.options.verify == "none":
+            return Sealed()
+        started = time.perf_counter()
+        sealed = seal(
+            source, layouts, new,
+            crew=self.crew, limits=self.options.limits, progress=self.options.progress,
+        )  # fmt: skip
+        self.peak_rss = sum(self.crew.gather(peak_rss()))
+        self.verify_seconds += time.perf_counter() - started
+        return sealed
 
     def report(
         self,
@@ -240,55 +334,24 @@ class ConversionJob:
         )
 
 
+def _round_again(
+    layout: FileLayout,
+    rounded: RoundedSource,
+    tilings: Mapping[str, Tiling],
+    limits: TransferLimits,
+) -> None:
+    """Find out what rounding costs a file that an earlier attempt has written."""
+    for payload in layout.payloads:
+        tiling = tilings[payload.tensor]
+        for _ in read_bands(
+            rounded, tiling, payload.box, word=rounded.dtype.word, band_nbytes=limits.band_nbytes
+        ):
+            pass
+
+
 def peak_rss() -> int:
     """The most memory that this process has had so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def nonzero_padding(
-    plan: Plan,
-    megatron: TensorSource,
-    names: Collection[str] | None = None,
-    *,
-    limits: TransferLimits | None = None,
-) -> list[str]:
-    """Every stretch of vocabulary padding that holds something other than zeros.
-
-    Args:
-        plan: Says where the padding is.
-        megatron: The checkpoint.
-        names: Look at these parameters only.
-        limits: Padding of any size is read through one buffer of `band_nbytes`.
-    """
-    band_nbytes = (limits or TransferLimits()).band_nbytes
-    wrong = []
-    for name in plan.hf_to_mcore if names is None else names:
-        for tile in plan.hf_to_mcore[name].tiles:
-            if tile.source is None:
-                count, first = _nonzero_rows(megatron, name, tile.target_box, band_nbytes)
-                if count:
-                    wrong.append(f"{name}: {count} padding rows, {first} the first")
-    return wrong
-
-
-def _nonzero_rows(
-    source: TensorSource, name: str, box: Box, band_nbytes: int
-) -> tuple[int, int | None]:
-    """How many rows of a box hold something other than zeros, and the first of them."""
-    word = source.tensors[name].dtype.word
-    buffer = np.empty(min(box.volume, max(1, band_nbytes // word.itemsize)), word)
-    count, first, last = 0, None, None
-    for band in bands(box, max_elements=buffer.size):
-        words = buffer[: band.volume].reshape(band.shape)
-        source.read_into(name, band, words)
-        rows = np.flatnonzero(words.any(axis=1)) + band.starts[0]
-        if not rows.size:
-            continue
-        # A row wider than the buffer comes in several bands, and is one row all the same.
-        count += rows.size - int(rows[0] == last)
-        first = int(rows[0]) if first is None else first
-        last = int(rows[-1])
-    return count, first
 
 
 def difference(plan: Plan, digest: Digest) -> str:

@@ -23,7 +23,7 @@ from bridge.casting import (
     tensors_in,
 )
 from bridge.consumers import consumer_notes
-from bridge.conversion import ConversionJob, ConversionOptions, ConversionReport
+from bridge.conversion import DONE_ALREADY, ConversionJob, ConversionOptions, ConversionReport
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, dtype_named
@@ -45,8 +45,10 @@ from bridge.record import (
     read_record,
     sha256_of,
 )
+from bridge.sealing import hf_side, megatron_side, tensor_hashes, write_manifest
 from bridge.side_files import carry, refuse_changed_config, write_side_files
 from bridge.spec import ModelSpec
+from bridge.storage.journal import fingerprint
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource
@@ -137,16 +139,25 @@ def import_checkpoint(
             index=index,
             hf_model_id=options.hf_model_id,
         )
-        job = ConversionJob("hf_to_mcore", hf, megatron, plan, options, crew, dtype)
+        work = ConversionJob("hf_to_mcore", hf, megatron, plan, options, crew, dtype)
         names, left = side_files(hf)
+        read = hf_side(source, names)
+        left = [name for name in left if name not in source.headers and name != INDEX_NAME]
+        notes = _exact_notes(asked, dtype) + _import_notes(stored)
+        notes += [f"not carried: {name}" for name in left]
+        job = work.job(read, files.files, small=record.to_json())
+        if done := work.done_already(read, job):
+            digests = tensor_hashes(done.source)
+            return work.report(tensors, plan.hf_to_mcore, digests, [*DONE_ALREADY, *notes])
         with shared_checkpoint(
             megatron,
             overwrite=options.overwrite,
             staging=options.staging,
             last=(TRACKER_NAME,),
+            job=job,
             crew=crew,
         ) as new:
-            job.write(files.files, new, source, plan.hf_to_mcore)
+            work.write(files.files, new, source, plan.hf_to_mcore)
             if crew.rank == 0:
                 extra = megatron_bridge_files(
                     stored,
@@ -162,15 +173,16 @@ def import_checkpoint(
             # The tracker that names the iteration may not be there yet.
             directory = new.written() / iteration_directory(_IMPORTED_ITERATION)
             with MegatronSource(directory) as written:
-                digests = job.verify(source, written)
-                job.verify_padding(written)
+                digests = work.verify(source, written)
+                work.verify_padding(written)
+            sealed = work.seal(read, files.files, new)
+            digests = digests or tensor_hashes(sealed.source)
             if crew.rank == 0:
                 record = replace(record, tensor_sha256=digests)
                 new.write_small_file(RECORD_NAME, record.to_json())
-        left = [name for name in left if name not in source.headers and name != INDEX_NAME]
-        notes = _exact_notes(asked, dtype) + _import_notes(stored)
-        notes += [f"not carried: {name}" for name in left]
-        return job.report(tensors, plan.hf_to_mcore, digests, notes)
+                write_manifest(sealed, new, job)
+            work.refuse_changed_source(read, job)
+        return work.report(tensors, plan.hf_to_mcore, digests, notes)
 
 
 def export_checkpoint(
@@ -226,15 +238,21 @@ def export_checkpoint(
             for name, shape in plan.hf_shapes.items()
         }
         layouts, index = _hf_layouts(tensors, record, max_shard_size, dtype, str(source.root))
-        job = ConversionJob("mcore_to_hf", megatron, hf, plan, options, crew, dtype)
+        work = ConversionJob("mcore_to_hf", megatron, hf, plan, options, crew, dtype)
+        read = megatron_side(source)
+        job = work.job(read, layouts, small=repr(index).encode(), beside=_beside(hf_model))
+        if done := work.done_already(read, job):
+            digests = tensor_hashes(done.target)
+            return work.report(stored, plan.mcore_to_hf, digests, [*DONE_ALREADY, *notes])
         with shared_checkpoint(
             hf,
             overwrite=options.overwrite,
             staging=options.staging,
             last=(INDEX_NAME, CONFIG_NAME),
+            job=job,
             crew=crew,
         ) as new:
-            job.write(layouts, new, source, plan.mcore_to_hf)
+            work.write(layouts, new, source, plan.mcore_to_hf)
             if crew.rank == 0:
                 if index is not None:
                     new.write_small_file(INDEX_NAME, index)
@@ -246,11 +264,27 @@ def export_checkpoint(
             crew.gather(None)  # the checkpoint can be opened now
             names = [layout.path for layout in layouts]
             with SafetensorsSource(new.written(), files=names) as written:
-                digests = job.verify(written, source)
+                digests = work.verify(written, source)
+            sealed = work.seal(read, layouts, new)
+            digests = digests or tensor_hashes(sealed.target)
+            if crew.rank == 0:
+                write_manifest(sealed, new, job)
+            work.refuse_changed_source(read, job, beside=_beside(hf_model))
             notes = _exact_notes(asked, dtype) + notes
             if record is not None and record.iteration == source.iteration and dtype is None:
                 notes += _check_unchanged(record, digests)
-        return job.report(stored, plan.mcore_to_hf, digests, notes)
+        return work.report(stored, plan.mcore_to_hf, digests, notes)
+
+
+def _beside(hf_model: Location | None) -> dict[str, str]:
+    """What tells that the directory of the side files has changed."""
+    if hf_model is None:
+        return {}
+    if hf_model.is_dir():
+        found = fingerprint(hf_model, side_files(hf_model)[0])
+    else:
+        found = fingerprint(hf_model.parent, [hf_model.name])
+    return {f"{hf_model.name}/{name}": mark for name, mark in found.items()}
 
 
 def read_spec(model: Location, *, carry: Collection[str] = ()) -> ModelSpec:

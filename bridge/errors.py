@@ -258,6 +258,18 @@ class VerificationError(CheckpointError):
     exit_code = 1
 
 
+class ResumeError(CheckpointError):
+    """What an earlier attempt has left cannot be gone on with.
+
+    The source has changed since, or what was begun there is another conversion. Going on would mix
+    two models.
+
+    To mend it: give the same command as before, or leave `--resume` away to start over.
+    """
+
+    code = "BR306"
+
+
 class PlanError(BridgeError):
     """A rule table that is not total or not one-to-one: a bug of ours, reported as such.
 

@@ -6,9 +6,10 @@ computed with the bytes but checksums; where they are runs of files, the kernel 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def write_files(
     *,
     limits: TransferLimits,
     advance: Advance,
+    done: Callable[[FileLayout], None] | None = None,
 ) -> None:
     """Write files by their layouts, each payload filled from the source through its tiling.
 
@@ -62,6 +64,7 @@ def write_files(
         tilings: Target tensor to its tiling by tensors of `source`.
         limits: Memory and threads.
         advance: Progress in payload bytes.
+        done: Hears of each file once it is on the disk, in a thread of its own.
 
     Raises:
         CheckpointError: BR300, the system refuses a write (disk full, permissions).
@@ -72,7 +75,7 @@ def write_files(
         Flusher() as flusher,
         ThreadPoolExecutor(limits.threads) as pool,
     ):
-        writer = _Writer(source, tilings, files, flusher, limits, advance)
+        writer = _Writer(source, tilings, files, flusher, limits, advance, done)
         # The system lets one thread at a time write to a file: each gets a file of its own.
         for start in range(0, len(layouts), limits.threads):
             writer.write(layouts[start : start + limits.threads], directory, pool)
@@ -101,6 +104,7 @@ class _Writer:
     flusher: Flusher
     limits: TransferLimits
     advance: Advance
+    done: Callable[[FileLayout], None] | None
 
     def write(
         self, layouts: Sequence[FileLayout], directory: Path, pool: ThreadPoolExecutor
@@ -112,15 +116,16 @@ class _Writer:
             for offset, literal in layout.literals:
                 file.write(literal, offset)
             payloads = sorted(layout.payloads, key=lambda payload: payload.offset)
-            queues.append((file, [self._segments(file, payload) for payload in payloads]))
-        turns = zip_longest(*(chain.from_iterable(parts) for _, parts in queues))
+            parts = [self._segments(file, payload) for payload in payloads]
+            queues.append((layout, file, parts))
+        turns = zip_longest(*(chain.from_iterable(parts) for *_, parts in queues))
         all_or_first_error(
             pool.submit(self._write_segment, one) for one in chain.from_iterable(turns) if one
         )
-        for file, parts in queues:
+        for layout, file, parts in queues:
             for segments in parts:
                 self._write_crc32(segments)
-            self.flusher.finish(file)
+            self.flusher.finish(file, then=self.done and partial(self.done, layout))
 
     def _segments(self, file: NewFile, payload: Payload) -> list[_Segment]:
         itemsize = _word(self.tilings[payload.tensor], self.source.tensors).itemsize

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
 import typer
 
-from bridge import cli_generate, cli_inspect, cli_verification
+from bridge import cli_generate, cli_inspect, cli_manifest, cli_verification
 from bridge.cli import app
 from bridge.cli_options import (
     CarryField,
@@ -77,6 +77,7 @@ def verify(
         Path | None,
         typer.Option("--megatron-path", help="A Megatron checkpoint to hold against it."),
     ] = None,
+    manifest: cli_manifest.Manifest = None,
     config: cli_stream.Config = None,
     seed: cli_stream.Seed = 0,
     stream: cli_stream.Stream = None,
@@ -134,7 +135,13 @@ def verify(
     A model that does not fit into memory is streamed: configuration, logits and blocks are proved
     block by block, at real size, with its own weights or, with --config, with pseudo-random ones;
     a --megatron-path is compared bit by bit then, too. Other checks are counted as not run.
+
+    With --manifest nothing is proved but that a directory is still what a conversion has written.
     """
+    if manifest is not None:
+        others = (hf_model, megatron_path, config, checks, select, layouts, input_, report)
+        cli_manifest.check(manifest, alone=not any(others), json_=json_ or form == "json")
+        return
     from bridge.convert import read_spec
     from harness.bench import BASE_LAYOUT
     from harness.runner import NO_REFERENCE, STREAMED

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from bridge.agreement import spec_differences, spec_of_args
-from bridge.conversion import nonzero_padding
 from bridge.errors import BridgeError, ConfigError
+from bridge.padding import nonzero_padding
 from bridge.plan import Plan, account_for
 from bridge.record import read_record
 from bridge.spec import ModelSpec

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from bridge.crew.protocol import Crew
 from bridge.errors import WorkerLostError
+from bridge.storage.journal import Job
 from bridge.storage.new_checkpoint import NewCheckpoint, new_checkpoint
 from bridge.storage.remote import Location
 
@@ -49,14 +50,17 @@ def shared_checkpoint(
     overwrite: bool,
     last: Sequence[str],
     staging: Path | None = None,
+    job: Job | None = None,
     crew: Crew,
 ) -> Iterator[NewCheckpoint]:
     """`new_checkpoint` for a crew: rank 0 creates it and makes it visible, all fill it.
 
-    A failure of any process stops all of them before rank 0 removes what was built.
+    A failure of any process stops all of them before rank 0 removes what was built, or leaves it
+    for the next attempt.
 
     Raises:
         TargetExistsError: BR304, the target exists and is not an empty directory.
+        ResumeError: BR306, what an earlier attempt has left cannot be gone on with.
         CheckpointError: BR300, the system or the backend refuses.
     """
     found: NewCheckpoint | None = None
@@ -67,7 +71,7 @@ def shared_checkpoint(
         yield found
         crew.gather(None)  # the error, if placing it fails
         return
-    with new_checkpoint(target, overwrite=overwrite, staging=staging, last=last) as found:
+    with new_checkpoint(target, overwrite=overwrite, staging=staging, last=last, job=job) as found:
         try:
             crew.gather(found)
             yield found

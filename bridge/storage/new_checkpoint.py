@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
 from bridge.errors import UsageError
 from bridge.progress import Advance
+from bridge.storage.building import building_site, new_directory, refusals
+from bridge.storage.journal import (
+    Job,
+    Journal,
+    has_progress,
+    is_spoilt,
+    open_journal,
+    say_how_to_go_on,
+)
 from bridge.storage.remote import Location, RemotePath
 from bridge.storage.remote_target import NewPrefix, new_prefix
 from bridge.storage.source import FileLayout, TensorSource
-from bridge.storage.target import new_directory, write_small_file
+from bridge.storage.target import write_small_file
 from bridge.tiling import Tiling
 from bridge.transfer import TransferLimits, write_files
 
@@ -23,10 +32,17 @@ class NewDirectory:
     """A checkpoint under construction in a directory that nobody looks into yet."""
 
     place: Path
+    journal: Journal | None = None
+    small: dict[str, bytes] = field(default_factory=dict)
+    """What this process has written besides weights."""
 
     def effort(self, layout: FileLayout) -> int:
         """Bytes that `write_files` reports of a file."""
         return layout.payload_nbytes
+
+    def is_complete(self, layout: FileLayout) -> bool:
+        """Whether an earlier attempt has written a file already."""
+        return self.journal is not None and layout.path in self.journal.complete
 
     def write_files(
         self,
@@ -38,11 +54,13 @@ class NewDirectory:
         advance: Advance,
     ) -> None:
         """Write files in place; see `bridge.transfer.write_files`."""
-        write_files(layouts, self.place, source, tilings, limits=limits, advance=advance)
+        done = self.journal.note if self.journal is not None else None
+        write_files(layouts, self.place, source, tilings, limits=limits, advance=advance, done=done)
 
     def write_small_file(self, name: str, data: bytes) -> None:
         """Write a file and see it to the disk."""
         write_small_file(self.place, name, data)
+        self.small[name] = data
 
     def written(self) -> Path:
         """Where what is written so far can be read."""
@@ -54,7 +72,12 @@ NewCheckpoint: TypeAlias = NewDirectory | NewPrefix
 
 @contextmanager
 def new_checkpoint(
-    target: Location, *, overwrite: bool, staging: Path | None, last: Sequence[str]
+    target: Location,
+    *,
+    overwrite: bool,
+    staging: Path | None,
+    last: Sequence[str],
+    job: Job | None = None,
 ) -> Iterator[NewCheckpoint]:
     """Give a place to fill, and let the target appear when the block succeeds, else nothing.
 
@@ -63,14 +86,17 @@ def new_checkpoint(
         overwrite: Replace a directory here, once the new one is complete.
         staging: For a URL, where files are built before their upload.
         last: For a URL, the small files that make a checkpoint of the others; they go last.
+        job: What is being built. With one a failure keeps the files that are complete, for
+            `Job.resume` to go on with; without one it keeps nothing.
 
     Raises:
         TargetExistsError: BR304, the target exists and is not an empty directory.
+        ResumeError: BR306, what an earlier attempt has left cannot be gone on with.
         CheckpointError: BR300, the system or the backend refuses.
         UsageError: BR001, a staging directory for a target that needs none.
     """
     if isinstance(target, RemotePath):
-        with new_prefix(target, overwrite=overwrite, staging=staging, last=last) as prefix:
+        with new_prefix(target, overwrite=overwrite, staging=staging, last=last, job=job) as prefix:
             yield prefix
         return
     if staging is not None:
@@ -79,5 +105,21 @@ def new_checkpoint(
             where=f"target {target}",
             hint="leave --staging away",
         )
-    with new_directory(target, overwrite=overwrite) as directory:
-        yield NewDirectory(directory)
+    if job is None:
+        with new_directory(target, overwrite=overwrite) as directory:
+            yield NewDirectory(directory)
+        return
+    with building_site(target, overwrite=overwrite) as site, refusals(site.target):
+        journal = open_journal(site, job)
+        try:
+            yield NewDirectory(site.data, journal)
+            site.place()
+        except BaseException as error:
+            if has_progress(site) and not is_spoilt(error):
+                say_how_to_go_on(str(site.root), error)
+            else:
+                with suppress(OSError):
+                    site.sweep()
+            raise
+        with suppress(OSError):  # the target is complete; the next attempt would sweep as well
+            site.sweep()

@@ -109,10 +109,16 @@ class Flusher:
             if running is None or running.done():
                 self._flushing[file] = self._submit(file.flush)
 
-    def finish(self, file: NewFile) -> None:
-        """Flush and close a file that is complete, in the background."""
+    def finish(self, file: NewFile, then: Callable[[], None] | None = None) -> None:
+        """Flush and close a file that is complete, and do something after it, in the background."""
+
+        def finish() -> None:
+            file.finish()
+            if then is not None:
+                then()
+
         with self._lock:
-            self._submit(file.finish)
+            self._submit(finish)
 
     def _submit(self, work: Callable[[], None]) -> Future[None]:
         future = self._pool.submit(work)

@@ -24,6 +24,11 @@ from bridge.errors import BridgeError, CheckpointError, EnvironmentMissingError,
 
 _SEPARATOR: Final = "://"
 _LOCAL: Final = "file"
+# Of s3fs, gcsfs, adlfs, huggingface_hub, local and other file systems, the surest first.
+_VERSIONS: Final = (
+    *("ETag", "etag", "md5Hash", "content_settings_md5", "crc32c", "blob_id", "generation"),
+    *("mtime", "LastModified", "last_modified", "updated", "created"),
+)
 _BUGS: Final = (AssertionError, AttributeError, NameError, TypeError)
 
 
@@ -118,6 +123,11 @@ class RemotePath:
         if info is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         return RemoteStat(int(info["size"]))
+
+    def version(self) -> str:
+        """What the backend has to tell contents of one size apart; empty where it has nothing."""
+        info = self._info() or {}
+        return next((f"{key} {info[key]}" for key in _VERSIONS if info.get(key)), "")
 
     def iterdir(self) -> Iterator[RemotePath]:
         """What is directly in the directory, from one listing."""

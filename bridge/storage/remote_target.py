@@ -14,7 +14,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from bridge.errors import CheckpointError, TargetExistsError
 from bridge.progress import Advance
+from bridge.storage.journal import Job, is_job, is_spoilt, refuse_other_job, say_how_to_go_on
 from bridge.storage.remote import RemotePath, backend_errors
 from bridge.storage.source import FileLayout, TensorSource
 from bridge.storage.staging_directory import HINT, staging_directory, sweep
@@ -52,11 +53,18 @@ class NewPrefix:
     place: RemotePath
     staging: Path | None
     last: Sequence[str]
-    _held: dict[str, bytes] = field(default_factory=dict)
+    complete: frozenset[str] = frozenset()
+    """Files that an earlier attempt has sent."""
+    small: dict[str, bytes] = field(default_factory=dict)
+    """What this process has written, or will in the end, besides weights."""
 
     def effort(self, layout: FileLayout) -> int:
         """Bytes that `write_files` reports of a file: its payloads built, and all of it sent."""
         return layout.payload_nbytes + layout.size
+
+    def is_complete(self, layout: FileLayout) -> bool:
+        """Whether an earlier attempt has sent a file already."""
+        return layout.path in self.complete
 
     def write_files(
         self,
@@ -94,9 +102,8 @@ class NewPrefix:
 
     def write_small_file(self, name: str, data: bytes) -> None:
         """Upload a file, or keep it for the end if it is one of the last."""
-        if name in self.last:
-            self._held[name] = data
-        else:
+        self.small[name] = data
+        if name not in self.last:
             write_object(self.place / name, data)
 
     def written(self) -> RemotePath:
@@ -107,18 +114,24 @@ class NewPrefix:
     def publish(self) -> None:
         """Upload the last files."""
         for name in self.last:
-            if name in self._held:
-                write_object(self.place / name, self._held[name])
+            if name in self.small:
+                write_object(self.place / name, self.small[name])
 
 
 @contextmanager
 def new_prefix(
-    target: RemotePath, *, overwrite: bool, staging: Path | None, last: Sequence[str]
+    target: RemotePath,
+    *,
+    overwrite: bool,
+    staging: Path | None,
+    last: Sequence[str],
+    job: Job | None = None,
 ) -> Iterator[NewPrefix]:
     """Give a place below a URL to fill; make a checkpoint of it when the block succeeds.
 
-    A failure removes what was uploaded. A kill leaves objects and their marker, but none of the
-    `last` files; the next attempt removes them.
+    A failure removes what was uploaded, unless some files are complete and a job says how to go on
+    with them. A kill leaves objects and their marker, but none of the `last` files; the next
+    attempt removes them or goes on.
 
     Args:
         target: The directory to create.
@@ -126,20 +139,27 @@ def new_prefix(
             in one step, and one that is half old and half new is what this module exists to avoid.
         staging: See `NewPrefix`.
         last: See `NewPrefix`.
+        job: What is being built. A file counts as complete by its size alone: stores show none
+            before it is whole, and what others show is compared with the source in the end.
 
     Raises:
         TargetExistsError: BR304, the target exists, or somebody is writing it.
+        ResumeError: BR306, what an earlier attempt has left cannot be gone on with.
         CheckpointError: BR300, the backend fails.
     """
-    claim = _claim(target, overwrite=overwrite, last=last)
-    new = NewPrefix(target, staging, last)
+    claim = _claim(target, overwrite=overwrite, last=last, job=job)
+    complete = _complete(target, job) if job is not None and job.resume else frozenset()
+    new = NewPrefix(target, staging, last, complete)
     try:
         yield new
         _require(target, claim)
         new.publish()
         _remove_marker(target)
-    except BaseException:
-        _discard(target, claim, last)
+    except BaseException as error:
+        if job is None or is_spoilt(error) or not _is_begun(target, job):
+            _discard(target, claim, last)
+        else:
+            say_how_to_go_on(str(target), error)
         with suppress(OSError):  # workers that were stopped by a kill have left theirs
             sweep(staging)
         raise
@@ -211,8 +231,8 @@ def _make_parent(path: RemotePath) -> None:
             path.fs.makedirs(path.parent.path, exist_ok=True)
 
 
-def _claim(target: RemotePath, *, overwrite: bool, last: Sequence[str]) -> str:
-    """Clear up after a killed attempt, refuse what is occupied, and set our own marker."""
+def _claim(target: RemotePath, *, overwrite: bool, last: Sequence[str], job: Job | None) -> str:
+    """Clear up after a killed attempt or take it over, refuse what is occupied, set our marker."""
     target.forget_listings()
     if target.is_file():
         raise TargetExistsError("the target is a file", where=str(target), hint="give a directory")
@@ -224,8 +244,12 @@ def _claim(target: RemotePath, *, overwrite: bool, last: Sequence[str]) -> str:
                 where=str(target),
                 hint="wait for it, or choose another target",
             )
-        logger.info("removing what a killed conversion has left in %s", target)
-        _remove_all(target, first=last)
+        if job is not None and job.resume and is_job(marker.get("job")):
+            refuse_other_job(marker["job"], job, where=str(target))
+            _remove_all(target, first=last, keep=_complete(target, job))
+        else:
+            logger.info("removing what a killed conversion has left in %s", target)
+            _remove_all(target, first=last)
     elif any(child.name not in _FOREIGN for child in _files(target)):
         raise TargetExistsError(
             "the target already exists"
@@ -235,9 +259,25 @@ def _claim(target: RemotePath, *, overwrite: bool, last: Sequence[str]) -> str:
             "an object store cannot swap them in one step",
         )
     claim = uuid.uuid4().hex
-    held = {"claim": claim, "host": socket.gethostname(), "pid": os.getpid()}
+    held: dict[str, Any] = {"claim": claim, "host": socket.gethostname(), "pid": os.getpid()}
+    if job is not None:
+        held["job"] = job.to_dict()
     write_object(target / MARKER_NAME, json.dumps(held).encode())
     return claim
+
+
+def _complete(target: RemotePath, job: Job) -> frozenset[str]:
+    """Files of a job that are there, by their size."""
+    found = {str(child.relative_to(target)): child.stat().st_size for child in _files(target)}
+    return frozenset(name for name, size in job.sizes.items() if found.get(name) == size)
+
+
+def _is_begun(target: RemotePath, job: Job) -> bool:
+    target.forget_listings()
+    try:
+        return bool(_complete(target, job))
+    except (CheckpointError, OSError):
+        return True  # what cannot be looked at may be there
 
 
 def _has_directories(path: RemotePath) -> bool:
@@ -290,17 +330,21 @@ def _is_running(marker: Mapping[str, Any]) -> bool:
     return pid != os.getpid()
 
 
-def _remove_all(target: RemotePath, *, first: Sequence[str]) -> None:
+def _remove_all(target: RemotePath, *, first: Sequence[str], keep: Collection[str] = ()) -> None:
     """Remove every file, the marker last: as long as any is left, it says what they are.
 
     Args:
         target: What to empty.
         first: Names whose removal makes that no loader takes the others for a checkpoint.
+        keep: Files to leave, relative; the marker stays with them.
     """
     found = [child for child in _files(target) if child.name not in {MARKER_NAME, *_FOREIGN}]
     wanted = [target / name for name in first]
     for child in sorted(found, key=lambda child: (child not in wanted, child)):
-        _remove(child)
+        if str(child.relative_to(target)) not in keep:
+            _remove(child)
+    if keep:
+        return
     _remove_marker(target)
     if _has_directories(target) and not _files(target):
         with suppress(FileNotFoundError), backend_errors(str(target)):

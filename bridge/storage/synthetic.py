@@ -7,6 +7,7 @@ checkpoints of real dimensions.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +20,7 @@ from bridge.hf_config import CONFIG_NAME, config_file, load_hf_config, spec_from
 from bridge.parameters import hf_tensors
 from bridge.progress import Progress, Silent
 from bridge.spec import ModelSpec
+from bridge.storage.journal import job_of
 from bridge.storage.philox import fill_words, mean_and_std
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import INDEX_NAME
@@ -105,6 +107,7 @@ def synthesize(
     limits: TransferLimits,
     progress: Progress | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     staging: Path | None = None,
     crew: Crew | None = None,
 ) -> int:
@@ -118,6 +121,7 @@ def synthesize(
         limits: Memory and threads of each process that takes part.
         progress: Who watches.
         overwrite: Replace an existing target.
+        resume: Go on with what an earlier attempt at the same checkpoint has left.
         staging: Where files are built before their upload, for a target behind a URL.
         crew: The processes that share the work, all of which make this call.
 
@@ -136,12 +140,20 @@ def synthesize(
     }
     nbytes = total_nbytes(source.tensors.values())
     mine = share_of(crew, layouts, [layout.size for layout in layouts])
+    job = job_of(layouts, {}, resume=resume, config=hashlib.sha256(raw).hexdigest(), seed=str(seed))
     with shared_checkpoint(
-        target, overwrite=overwrite, staging=staging, last=(INDEX_NAME, CONFIG_NAME), crew=crew
+        target,
+        overwrite=overwrite,
+        staging=staging,
+        last=(INDEX_NAME, CONFIG_NAME),
+        job=job,
+        crew=crew,
     ) as new:
         effort = sum(map(new.effort, layouts))
         with crew.phase(progress or Silent(), "synthesize", effort) as advance:
-            new.write_files(mine, source, whole, limits=limits, advance=advance)
+            advance(sum(new.effort(layout) for layout in mine if new.is_complete(layout)))
+            lacking = [layout for layout in mine if not new.is_complete(layout)]
+            new.write_files(lacking, source, whole, limits=limits, advance=advance)
             crew.gather(None)
         if crew.rank == 0:
             new.write_small_file(CONFIG_NAME, raw)

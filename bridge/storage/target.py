@@ -1,20 +1,17 @@
-"""Directories that appear whole or not at all, and the small files carried into them."""
+"""What may be a target, and the small files carried into it; `building` makes it appear."""
 
 from __future__ import annotations
 
-import glob
 import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Final
 
-from bridge.errors import CheckpointError, TargetExistsError, UsageError
+from bridge.errors import CheckpointError, UsageError
 from bridge.storage.remote import Location, RemotePath
 
-_PARTIAL: Final = ".partial-"
-_OLD: Final = "-old"
+MANIFEST_NAME: Final = "nemotron_bridge.manifest.json"
+"""Of `bridge.manifest`; each conversion writes its own."""
 # Weights in any format; an export writes its own.
 _WEIGHT_SUFFIXES: Final = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".nemo"}
@@ -54,97 +51,6 @@ def _anchor(location: Location) -> tuple[object, PurePath]:
     return None, Path(os.path.realpath(path))
 
 
-@contextmanager
-def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a directory beside `target` to fill; rename it into place when the block succeeds.
-
-    A link is followed: what it points to is created or replaced. A failure removes what was built.
-    A kill leaves a hidden `.NAME.partial-PID` that no reader mistakes for a checkpoint and that the
-    next attempt on this machine sweeps away; had an old target been moved aside by then, it is put
-    back first. An existing target is replaced only with `overwrite`, and only once the new one is
-    complete.
-
-    Raises:
-        TargetExistsError: BR304, the target exists and is not an empty directory.
-        CheckpointError: BR300, the system refuses.
-    """
-    target = Path(os.path.realpath(target))
-    partial = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}"
-    try:
-        _sweep(target)
-        _refuse_existing(target, overwrite=overwrite)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot create the target: {error.strerror}", where=str(target)
-        ) from None
-    try:
-        yield partial
-        _sync_tree(partial)
-        _put_in_place(partial, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write the target: {error.strerror}", where=str(error.filename or target)
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _refuse_existing(target: Path, *, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise TargetExistsError("the target is a file", where=str(target), hint="give a directory")
-    if _occupied(target) and not overwrite:
-        raise TargetExistsError(
-            "the target already exists",
-            where=str(target),
-            hint="choose another directory, or pass --overwrite to replace it once the new one "
-            "is complete",
-        )
-
-
-def _occupied(target: Path) -> bool:
-    return target.is_dir() and any(target.iterdir())
-
-
-def _sweep(target: Path) -> None:
-    """Clear up after processes that were killed; give back a target they had moved aside."""
-    for left in sorted(target.parent.glob(f".{glob.escape(target.name)}{_PARTIAL}*")):
-        pid = left.name.rpartition(_PARTIAL)[2].removesuffix(_OLD)
-        # A container often gives the next attempt the number that the killed one had.
-        mine = pid == str(os.getpid())
-        if not pid.isdigit() or (Path(f"/proc/{pid}").exists() and not mine):
-            continue
-        if left.name.endswith(_OLD) and not target.exists():
-            left.rename(target)
-        else:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync_tree(directory: Path) -> None:
-    for path in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _put_in_place(partial: Path, target: Path) -> None:
-    if not _occupied(target):
-        if target.is_dir():
-            target.rmdir()
-        partial.rename(target)
-        return
-    old = target.parent / f".{target.name}{_PARTIAL}{os.getpid()}{_OLD}"
-    target.rename(old)
-    try:
-        partial.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def side_files(directory: Location) -> tuple[list[str], list[str]]:
     """What an HF checkpoint holds besides its weights, relative, sorted.
 
@@ -166,6 +72,8 @@ def side_files(directory: Location) -> tuple[list[str], list[str]]:
         # A download from the Hub is a directory of links to files, so links count as files.
         elif not path.is_file() or hidden or _is_weight(path):
             left.append(name)
+        elif name == MANIFEST_NAME:
+            continue
         else:
             carried.append(name)
     return carried, left

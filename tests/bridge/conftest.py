@@ -1,15 +1,36 @@
-"""An object store that tests can watch and break: `store://`, in memory, through fsspec."""
+"""A small checkpoint; and an object store that tests can watch and break.
+
+The store is `store://`, in memory, through fsspec.
+"""
 
 # ruff: noqa: ANN401, D102 - most of it overrides fsspec's methods
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
+
+from harness.toys import toy_named, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def pristine_super_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Super-49B with every side file, written once; no test may touch it."""
+    directory = tmp_path_factory.mktemp("super") / "hf"
+    write_checkpoint(toy_named("super-49b-v1"), directory, dtype="bfloat16")
+    return directory
+
+
+@pytest.fixture
+def super_checkpoint(pristine_super_checkpoint: Path, tmp_path: Path) -> Path:
+    """The same at `tmp_path / "hf"`, the test's own to break."""
+    return Path(shutil.copytree(pristine_super_checkpoint, tmp_path / "hf"))
 
 
 class Call(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bridge import reading
-from bridge.conversion import nonzero_padding
+from bridge.padding import nonzero_padding
 from bridge.plan import Plan
 from bridge.spec import BlockSpec, GroupedQueryAttention, ModelSpec, RopeSpec, SwiGLU
 from bridge.transfer import TransferLimits

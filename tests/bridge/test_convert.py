@@ -13,25 +13,10 @@ from bridge.convert import export_checkpoint, import_checkpoint
 from bridge.errors import InconsistentConfigError
 from bridge.record import RECORD_NAME, SIDE_DIRECTORY
 from bridge.transfer import TransferLimits
-from harness.toys import TOYS, Toy, toy_named, write_checkpoint
+from harness.toys import TOYS, Toy, write_checkpoint
+from tests.directories import files_of
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (4, 2)]
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, with its bytes."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture
-def super_checkpoint(tmp_path: Path) -> Path:
-    """A small Super-49B with every side file."""
-    write_checkpoint(toy_named("super-49b-v1"), tmp_path / "hf", dtype="bfloat16")
-    return tmp_path / "hf"
 
 
 @pytest.mark.parametrize("toy", TOYS.values(), ids=TOYS)

@@ -22,13 +22,6 @@ from bridge.record import RECORD_NAME, SIDE_DIRECTORY
 from harness.toys import toy_named, write_checkpoint
 
 
-@pytest.fixture
-def super_checkpoint(tmp_path: Path) -> Path:
-    """A small Super-49B with every side file."""
-    write_checkpoint(toy_named("super-49b-v1"), tmp_path / "hf", dtype="bfloat16")
-    return tmp_path / "hf"
-
-
 def test_a_missing_and_an_unexpected_tensor_are_named_before_anything_is_written(
     tmp_path: Path,
 ) -> None:

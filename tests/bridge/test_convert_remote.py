@@ -36,6 +36,7 @@ from bridge.storage.torch_dist_config import TRACKER_NAME
 from bridge.tiling import Box
 from bridge.transfer import TransferLimits
 from harness.toys import toy_named, write_checkpoint
+from tests.directories import files_of
 
 Store: TypeAlias = Any
 Call: TypeAlias = Any
@@ -43,15 +44,6 @@ Call: TypeAlias = Any
 
 TARGET = "store://bucket/out"
 CUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, with its bytes."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
 
 
 def below(store: Store, prefix: str) -> dict[str, bytes]:

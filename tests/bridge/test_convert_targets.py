@@ -17,23 +17,7 @@ from bridge.convert import export_checkpoint, import_checkpoint
 from bridge.errors import CorruptFileError, TargetExistsError, UsageError
 from bridge.record import SIDE_DIRECTORY
 from bridge.transfer import TransferLimits
-from harness.toys import toy_named, write_checkpoint
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, with its bytes."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture
-def super_checkpoint(tmp_path: Path) -> Path:
-    """A small Super-49B with every side file."""
-    write_checkpoint(toy_named("super-49b-v1"), tmp_path / "hf", dtype="bfloat16")
-    return tmp_path / "hf"
+from tests.directories import files_of
 
 
 def test_an_existing_target_is_kept_unless_overwriting_is_asked_for(

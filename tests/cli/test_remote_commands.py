@@ -14,6 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
 from harness.toys import toy_named, write_checkpoint
+from tests.directories import files_of
 
 Memory: TypeAlias = Any
 """fsspec has no types."""
@@ -61,15 +62,6 @@ def stored(memory: Memory, prefix: str) -> dict[str, bytes]:
     """Every object below a prefix, with its bytes."""
     names = memory.find(prefix)
     return {name.removeprefix(prefix + "/"): memory.cat_file(name) for name in names}
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, with its bytes."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("command", ["inspect", "plan"])

@@ -24,6 +24,7 @@ from bridge.record import RECORD_NAME
 from bridge.storage.synthetic import synthesize
 from bridge.transfer import TransferLimits
 from harness.toys import toy_named, write_checkpoint
+from tests.directories import files_of
 
 if TYPE_CHECKING:
     from tests.bridge.crew import crew_functions as functions
@@ -33,15 +34,6 @@ else:  # a module beside this file: tests are not a package
 
 WORKERS = [1, 2, 3]
 ROOT = Path(__file__).parents[3]
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, with its bytes."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")

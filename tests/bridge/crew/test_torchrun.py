@@ -14,6 +14,7 @@ import pytest
 
 from bridge.convert import export_checkpoint, import_checkpoint
 from harness.toys import toy_named, write_checkpoint
+from tests.directories import files_of
 
 pytestmark = pytest.mark.ranks
 
@@ -34,15 +35,6 @@ except BridgeError as error:
     print(error)
     sys.exit(error.exit_code)
 """
-
-
-def files_of(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory, with its bytes."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bridge.storage.target import new_directory
+from bridge.storage.building import new_directory
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,248 @@
+"""What a conversion that was cut short had done, so that `--resume` can go on with it.
+
+A `Job` says what is being built and from what. It is written down before the first byte, and each
+file once it is complete and on the disk. Whoever goes on must have the same job; then the files
+that are noted, and that nobody has touched since, need not be written again. They are compared with
+the source like all others before the target appears.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeGuard
+
+from bridge import __version__
+from bridge.errors import (
+    BridgeError,
+    CorruptFileError,
+    DtypeMismatchError,
+    ResumeError,
+    VerificationError,
+)
+from bridge.storage.building import DATA_NAME, Site, sync_directory
+from bridge.storage.remote import Location
+from bridge.storage.source import FileLayout
+
+logger = logging.getLogger(__name__)
+
+_FORMAT_VERSION: Final = 1
+_JOB_NAME: Final = "job.json"
+_DONE: Final = "done-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is being built.
+
+    Args:
+        what: Everything that decides the bytes of the result, by name; values are digests or words.
+        source: Each file that is read, with what tells that it has changed: see `fingerprint`.
+        sizes: Bytes of each file that is made.
+        resume: Go on with what an earlier attempt has left, if there is something.
+    """
+
+    what: Mapping[str, str]
+    source: Mapping[str, str]
+    sizes: Mapping[str, int]
+    resume: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, to be written down and compared with."""
+        return {
+            "format_version": _FORMAT_VERSION,
+            "what": dict(self.what),
+            "source": dict(self.source),
+        }
+
+
+def job_of(
+    layouts: Sequence[FileLayout], source: Mapping[str, str], *, resume: bool, **what: str
+) -> Job:
+    """A job by the files it makes.
+
+    Args:
+        layouts: Of all of them; what they hold besides tensors is part of the job.
+        source: See `Job`.
+        resume: See `Job`.
+        what: What else decides the bytes.
+    """
+    digest = hashlib.sha256()
+    for layout in layouts:
+        for part in (layout.path, layout.size, layout.literals, layout.payloads):
+            digest.update(repr(part).encode())
+    everything = {"version of nemotron-bridge": __version__, "files": digest.hexdigest(), **what}
+    sizes = {layout.path: layout.size for layout in layouts}
+    return Job(what=everything, source=source, sizes=sizes, resume=resume)
+
+
+def fingerprint(root: Location, names: Iterable[str]) -> dict[str, str]:
+    """What tells cheaply whether files have changed: size and time, or what a store has for it.
+
+    Args:
+        root: The directory that the names are in.
+        names: Those that are not there are left out.
+    """
+    found = {}
+    for name in names:
+        path = root / name
+        if not path.is_file():
+            continue
+        mark = f"modified {path.stat().st_mtime_ns}" if isinstance(path, Path) else path.version()
+        found[name] = f"{path.stat().st_size} bytes, {mark}"
+    return found
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Each file that is no more what it was, in words."""
+    return [
+        f"{name}: {before.get(name, 'not there')}, then {after.get(name, 'not there')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The notes in a site. Every process of a crew has a copy, and writes to a file of its own."""
+
+    root: Path
+    complete: frozenset[str] = frozenset()
+    """Files that an earlier attempt has completed, relative to the target."""
+    _mine: list[str] = field(default_factory=list)
+
+    def note(self, layout: FileLayout) -> None:
+        """A file is complete, and on the disk."""
+        path = self.root / DATA_NAME / layout.path
+        # Without its name on the disk a file may be gone after a power cut, and the note not.
+        sync_directory(path.parent)
+        status = path.stat()
+        line = {"file": layout.path, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        with (self.root / f"{_DONE}{os.getpid()}").open("ab") as stream:
+            stream.write(json.dumps(line).encode() + b"\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def open_journal(site: Site, job: Job | None) -> Journal | None:
+    """Begin to build, or go on where that is asked for and there is something.
+
+    Raises:
+        ResumeError: BR306, what is there was built from another source, or is something else.
+    """
+    if job is None:
+        site.sweep()
+        site.data.mkdir()
+        return None
+    found = _read_job(site.root / _JOB_NAME) if job.resume else None
+    if found is None:
+        site.sweep()
+        site.data.mkdir()
+        _write_whole(site.root / _JOB_NAME, json.dumps(job.to_dict(), indent=1).encode())
+        return Journal(site.root)
+    refuse_other_job(found, job, where=str(site.root))
+    site.data.mkdir(exist_ok=True)
+    complete = _completed(site)
+    _keep_only(site.data, complete)
+    return Journal(site.root, frozenset(complete))
+
+
+def refuse_other_job(found: Mapping[str, Any], job: Job, *, where: str) -> None:
+    """See that what was begun is what is to be gone on with.
+
+    Raises:
+        ResumeError: BR306, naming what differs.
+    """
+    hint = "leave --resume away to start over; what is there is removed then"
+    if moved := changed(found["source"], job.source):
+        raise ResumeError(
+            f"the source has changed since this target was begun: {len(moved)} files",
+            where=moved,
+            hint=hint,
+        )
+    if other := changed(found["what"], job.what):
+        raise ResumeError(
+            "what was begun here is another conversion", where=[where, *other], hint=hint
+        )
+
+
+def is_spoilt(error: BaseException) -> bool:
+    """Whether a failure says that what was written is wrong, or that the source is."""
+    return isinstance(error, (VerificationError, ResumeError, CorruptFileError, DtypeMismatchError))
+
+
+def has_progress(site: Site) -> bool:
+    """Whether anything is noted that going on would save."""
+    try:
+        return bool(_completed(site))
+    except OSError:
+        return True  # what cannot be looked at may be there
+
+
+def say_how_to_go_on(place: str, error: BaseException) -> None:
+    """Add to an error, or log where it has no hint, that the work so far is kept."""
+    kept = f"--resume goes on with what is complete; to give it up, remove {place}"
+    if isinstance(error, BridgeError):
+        error.hint = f"{error.hint}; {kept}" if error.hint else kept
+    else:
+        logger.warning("%s", kept)
+
+
+def is_job(found: object) -> TypeGuard[dict[str, Any]]:
+    """Whether this is what a `Job` wrote down, in the format of today."""
+    return (
+        isinstance(found, dict)
+        and found.get("format_version") == _FORMAT_VERSION
+        and isinstance(found.get("what"), dict)
+        and isinstance(found.get("source"), dict)
+    )
+
+
+def _read_job(path: Path) -> Mapping[str, Any] | None:
+    """The job on record; None where there is none that can be gone on with."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if is_job(found) else None
+
+
+def _completed(site: Site) -> set[str]:
+    """Files that are noted, and are as they were when they were noted."""
+    found = set()
+    for notes in site.root.glob(f"{_DONE}*"):
+        for line in notes.read_bytes().splitlines():
+            try:
+                note = json.loads(line)
+                name, size, mtime = note["file"], note["size"], note["mtime_ns"]
+                status = (site.data / name).stat()
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # the line that a kill cut short, or a file that is gone
+            if (status.st_size, status.st_mtime_ns) == (size, mtime):
+                found.add(name)
+    return found
+
+
+def _keep_only(directory: Path, names: Collection[str]) -> None:
+    for path in sorted(directory.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.relative_to(directory).as_posix() not in names:
+            path.unlink()
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all."""
+    partial = path.with_name(f"{path.name}.new")
+    with partial.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    sync_directory(path.parent)

@@ -1,0 +1,14 @@
+"""What tests compare directories by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, with its bytes."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
