@@ -7,8 +7,10 @@ past `os`: they are replaced by ones whose `read` and `write` are seen.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
+import functools
 import io
 import os
 import signal
@@ -35,7 +37,8 @@ _WRITES: Final = {
 _READS: Final = dict.fromkeys(
     ("read", "readv", "pread", "preadv", "stat", "lstat", "scandir", "listdir"), (0,)
 )
-_ENTERS: Final = {"mkdir": 0, "rename": 1, "replace": 1, "link": 1, "symlink": 1}
+_ENTERS: Final = {"mkdir": 0, "rename": 1, "replace": 1, "link": 1, "symlink": 1, "exchange": 1}
+_LEAVES: Final = frozenset({"unlink", "remove", "rmdir", "rename", "replace"})
 _PATCHED_WITH_OS: Final = ("bridge", "harness", "shutil", "tempfile", "pathlib", "fsspec", "glob")
 """Whose own names for these functions, taken at import, are replaced, too."""
 
@@ -82,6 +85,7 @@ class Layer:
                     setattr(os, name, wrapper)
         replaced[id(_real_open)] = (_real_open, self._open)
         replaced[id(_real_io_open)] = (_real_io_open, self._io_open)
+        ctypes.CDLL = functools.partial(_SeenLibrary, self)  # type: ignore[misc, assignment]  # as one calls it
         flock = fcntl.flock
         replaced[id(flock)] = (flock, self._wrapped("flock", "w", (0,), flock))
         for module in list(sys.modules.values()):
@@ -234,9 +238,49 @@ class Layer:
         elif name in {"posix_fallocate", "ftruncate"}:
             self.unsynced.resized(args[0])
         elif fresh:
-            self.unsynced.entered(str(Path(path).parent))
+            self.unsynced.entered(path)
         elif name in _ENTERS:
-            self.unsynced.entered(str(Path(_path_of(args[_ENTERS[name]], None)).parent))
+            self.unsynced.entered(_path_of(args[_ENTERS[name]], kwargs.get("dir_fd")))
+        if name in _LEAVES:
+            self.unsynced.left_out(_path_of(args[0], kwargs.get("dir_fd")))
+        return result
+
+
+class _SeenLibrary(ctypes.CDLL):
+    """The C library, whose exchange of two names, which Python has not, goes through a layer."""
+
+    def __init__(self, layer: Layer, name: str | None, **kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(name, **kwargs)
+        self._seen_by = layer
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - `ctypes`'s
+        function = super().__getattr__(name)
+        return functools.partial(self._rename, function) if name == "renameat2" else function
+
+    def _rename(
+        self,
+        function: Call,
+        from_directory: int,
+        old: bytes,
+        directory: int,
+        new: bytes,
+        flags: int,
+    ) -> int:
+        def rename(source: bytes, target: bytes) -> int:
+            result: int = function(from_directory, source, directory, target, flags)
+            return result
+
+        layer = self._seen_by
+        path = layer._counted("w", [old, new], {})  # noqa: SLF001 - one of its own
+        try:
+            result: int = (
+                rename(old, new)
+                if path is None
+                else layer._call("exchange", "w", path, rename, (old, new), {})  # noqa: SLF001
+            )
+        except OSError as error:
+            ctypes.set_errno(error.errno or errno.EIO)
+            return -1
         return result
 
 

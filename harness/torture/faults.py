@@ -27,16 +27,10 @@ _SPELLING: Final = re.compile(
 )
 
 _BYTES: Final = frozenset({"write", "writev", "pwrite", "pwritev", "copy_file_range", "sendfile"})
-_SPACE: Final = _BYTES | {"create", "posix_fallocate", "fsync", "fdatasync", "mkdir", "rename",
-                          "replace", "link", "symlink"}  # fmt: skip
-_NAMES: Final = frozenset(
-    {"create", "open", "mkdir", "rmdir", "unlink", "remove", "rename", "replace", "link", "symlink",
-     "truncate", "stat", "lstat", "scandir", "listdir"}
-)  # fmt: skip
-_CHANGES: Final = frozenset(
-    {"create", "mkdir", "rmdir", "unlink", "remove", "rename", "replace", "link", "symlink",
-     "truncate"}
-)  # fmt: skip
+_MOVES: Final = frozenset({"mkdir", "rename", "replace", "exchange", "link", "symlink"})
+_SPACE: Final = _BYTES | _MOVES | {"create", "posix_fallocate", "fsync", "fdatasync"}
+_CHANGES: Final = _MOVES | {"create", "rmdir", "unlink", "remove", "truncate"}
+_NAMES: Final = _CHANGES | {"open", "stat", "lstat", "scandir", "listdir"}
 
 TAKES_BYTES: Final = _BYTES
 """Calls that can be cut short in the middle of their bytes."""

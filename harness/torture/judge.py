@@ -129,7 +129,8 @@ class Judge:
             self._wrong(f"it fails with a traceback: {last}")
         elif len(told) != 1:
             self._wrong(f"it tells of {len(told)} errors with a code, not of one")
-        if ended.code not in (2, 3, None):
+        # A source that is not what was imported any more is a check that failed.
+        if ended.code not in ((1,) if told == ["BR305"] else (2, 3, None)):
             self._wrong(f"it exits with {ended.code}, where it is to be 2 or 3")
 
     @staticmethod

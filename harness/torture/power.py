@@ -46,7 +46,8 @@ class Unsynced:
     """The files and directories that a loss of power would take something from."""
 
     _files: dict[_Inode, _Written] = field(default_factory=dict)
-    _directories: set[_Inode] = field(default_factory=set)
+    _directories: dict[_Inode, set[str]] = field(default_factory=dict)
+    """The names that were made in each."""
 
     def before_write(self, descriptor: int) -> None:
         """Remember how long the file is, before it is written to."""
@@ -69,15 +70,22 @@ class Unsynced:
     def synced(self, descriptor: int) -> None:
         """The file, or the directory's entries, are on the disk."""
         inode, _ = _of(descriptor)
-        self._directories.discard(inode)
+        self._directories.pop(inode, None)
         written = self._files.pop(inode, None)
         if written is not None:
             _close(written.descriptor)
 
-    def entered(self, directory: str) -> None:
-        """A name was made in, or moved into, a directory."""
+    def entered(self, path: str) -> None:
+        """A name was made in, or moved into, its directory."""
+        directory, name = os.path.split(path)
         found = _stat(directory)
-        self._directories.add(_Inode(found.st_dev, found.st_ino))
+        self._directories.setdefault(_Inode(found.st_dev, found.st_ino), set()).add(name)
+
+    def left_out(self, path: str) -> None:
+        """A name was removed again, and need not outlive anything."""
+        directory, name = os.path.split(path)
+        found = _stat(directory)
+        self._directories.get(_Inode(found.st_dev, found.st_ino), set()).discard(name)
 
     def lose(self) -> None:
         """Take it all away."""
@@ -99,7 +107,7 @@ class Unsynced:
             name = path.relative_to(place).as_posix()
             if inode in self._files:
                 found.append(f"the bytes of {name}")
-            elif inode in self._directories:
+            elif self._directories.get(inode):
                 found.append(f"the names in {name}")
         return found
 
