@@ -19,7 +19,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, Literal
 
 from harness.torture.faults import TAKES_BYTES, Fault, answers

@@ -63,7 +63,7 @@ def summary(campaign: Campaign) -> dict[str, Any]:
         "kills": num_kills(campaign.outcomes),
         "killed_runs_by_state": dict(Counter(hit.state for hit in killed)),
         "errors": len(failed),
-        "errors_told": sum(_code_of(hit) not in (0, None) for hit in failed),
+        "errors_told": sum(bool(hit.outcome.errors) for hit in failed),
         "errors_survived": sum(_code_of(hit) == 0 for hit in failed),
         "codes": dict(Counter(code for one in campaign.outcomes for code in one.errors)),
         "trials": len(campaign.outcomes),
