@@ -48,7 +48,7 @@ def check(directory: str, *, alone: bool, json_: bool) -> None:
         print_json(report.to_dict())
     if report.differences:
         raise VerificationError(
-            f"{len(report.differences)} differences from the manifest",
+            f"files or tensors that are not what was written: {len(report.differences)}",
             where=[f"{directory}: {text}" for text in report.differences],
             hint="restore the files, or convert again; nothing was changed",
         )

@@ -27,7 +27,7 @@ from bridge.conversion import DONE_ALREADY, ConversionJob, ConversionOptions, Co
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, dtype_named
-from bridge.errors import ConfigError, CorruptFileError, VerificationError
+from bridge.errors import ConfigError, CorruptFileError, VerificationError, named_refusals
 from bridge.hf_config import (
     CONFIG_NAME,
     config_file,
@@ -66,6 +66,7 @@ DEFAULT_MAX_SHARD_SIZE: Final = 5_000_000_000
 _IMPORTED_ITERATION: Final = 0
 
 
+@named_refusals()
 def import_checkpoint(
     hf: Location,
     megatron: Location,
@@ -185,6 +186,7 @@ def import_checkpoint(
         return work.report(tensors, plan.hf_to_mcore, digests, notes)
 
 
+@named_refusals()
 def export_checkpoint(
     megatron: Location,
     hf: Location,

@@ -11,7 +11,8 @@ Anything else that escapes is our own bug and keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Final
 
 _MAX_SHOWN: Final = 50
@@ -268,6 +269,23 @@ class ResumeError(CheckpointError):
     """
 
     code = "BR306"
+
+
+@contextmanager
+def named_refusals() -> Iterator[None]:
+    """Around work with files: what the system refuses is the user's to mend, and no crash.
+
+    Raises:
+        CheckpointError: BR300, for every OSError that nobody has named better.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the system refuses: {error.strerror or error}",
+            where=str(error.filename or ""),
+            hint="see that the path is there and may be read and written, and run it again",
+        ) from error
 
 
 class PlanError(BridgeError):

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from bridge import __version__
-from bridge.errors import BridgeError, CheckpointError, CorruptFileError
+from bridge.errors import BridgeError, CheckpointError, CorruptFileError, named_refusals
 from bridge.progress import Advance, Progress, Silent
 from bridge.reading import TransferLimits, all_or_first_error, read_bands
 from bridge.storage.files import FileRanges
@@ -305,6 +305,7 @@ class ManifestReport:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
+@named_refusals()
 def check_manifest(
     directory: Location, *, limits: TransferLimits | None = None, progress: Progress | None = None
 ) -> ManifestReport:

@@ -74,7 +74,8 @@ def print_report(report: dict[str, Any], *, json_: bool) -> None:
         print_json(report)
         return
     console = stdout()
-    rate = report["nbytes"] / max(report["convert_seconds"], 1e-9) / 1e9
+    seconds = report["convert_seconds"]
+    rate = f" ({report['nbytes'] / seconds / 1e9:.2f} GB/s)" if seconds else ""
     verified = (
         f"verified bit by bit in {report['verify_seconds']:.1f} s"
         if report["verified"]
@@ -86,7 +87,7 @@ def print_report(report: dict[str, Any], *, json_: bool) -> None:
         f"{report['source']} -> {report['target']}\n"
         f"{report['num_parameters']:,} parameters, {report['num_source_tensors']} -> "
         f"{report['num_target_tensors']} tensors, {report['nbytes'] / 1e9:.3f} GB in "
-        f"{report['convert_seconds']:.1f} s ({rate:.2f} GB/s), {verified}, "
+        f"{seconds:.1f} s{rate}, {verified}, "
         f"peak memory {gib(report['peak_rss'])}{several}"
     )
     for note in report["notes"]:

@@ -54,9 +54,7 @@ class Site:
         """Make the target of what was built: the last step, and the only one that shows."""
         sync_directories(self.data)
         if not is_occupied(self.target):
-            if self.target.is_dir():
-                self.target.rmdir()
-            self.data.rename(self.target)
+            self.data.rename(self.target)  # an empty directory gives way
         elif not _exchange(self.data, self.target):
             old = self.root / _OLD_NAME
             self.target.rename(old)

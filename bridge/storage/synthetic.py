@@ -16,6 +16,7 @@ import numpy as np
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import share_of, shared_checkpoint
 from bridge.dtypes import Words, dtype_named
+from bridge.errors import named_refusals
 from bridge.hf_config import CONFIG_NAME, config_file, load_hf_config, spec_from_hf_config
 from bridge.parameters import hf_tensors
 from bridge.progress import Progress, Silent
@@ -98,6 +99,7 @@ class SyntheticSource:
         self.close()
 
 
+@named_refusals()
 def synthesize(
     config: Location,
     target: Location,

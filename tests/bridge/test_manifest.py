@@ -1,0 +1,169 @@
+"""The manifest has the hashes that other tools compute, and finds any byte that has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from bridge.conversion import ConversionOptions
+from bridge.convert import export_checkpoint, import_checkpoint
+from bridge.errors import CheckpointError, CorruptFileError
+from bridge.manifest import check_manifest, read_manifest
+from bridge.storage.target import MANIFEST_NAME
+
+
+@pytest.fixture
+def pair(super_checkpoint: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """An import over several ranks, and an export of it."""
+    import_checkpoint(
+        super_checkpoint,
+        tmp_path / "megatron",
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+    )
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    return tmp_path / "megatron", tmp_path / "back"
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_its_hashes_are_those_of_the_files_and_tensors(
+    pair: tuple[Path, Path], super_checkpoint: Path
+) -> None:
+    """Of every file on both sides by `sha256sum`'s measure, of tensors by safetensors' reader."""
+    import torch
+
+    for directory, source in zip(pair, (super_checkpoint, pair[0]), strict=True):
+        manifest = read_manifest(directory)
+        assert manifest is not None
+        names = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+        assert manifest.target.keys() == names - {MANIFEST_NAME}
+        for root, files in ((directory, manifest.target), (source, manifest.source)):
+            for name, entry in files.items():
+                data = (root / name).read_bytes()
+                assert (entry.nbytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    imported, exported = (read_manifest(directory) for directory in pair)
+    assert imported is not None
+    assert exported is not None
+    for manifest_files in (imported.source, exported.target):
+        found = {part.tensor: part for entry in manifest_files.values() for part in entry.parts}
+        for shard in super_checkpoint.glob("*.safetensors"):
+            with safe_open(shard, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    data = tensors.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
+                    assert found.pop(name).sha256 == hashlib.sha256(data).hexdigest()
+        assert found == {}
+    assert len(exported.source_tensors) == len(
+        {p.tensor for e in imported.target.values() for p in e.parts}
+    )
+
+
+def test_any_byte_that_changes_is_found_with_its_tensor(pair: tuple[Path, Path]) -> None:
+    """In headers, between records and in small files, too; healed again, all is well."""
+    for directory in pair:
+        manifest = read_manifest(directory)
+        assert manifest is not None
+        for name, entry in manifest.target.items():
+            path = directory / name
+            places = {0: None, entry.nbytes // 2: None, entry.nbytes - 1: None}
+            for part in entry.parts:
+                places |= {part.offset: part.tensor, part.offset + part.nbytes - 1: part.tensor}
+            for position in list(places)[::7] if len(places) > 40 else places:
+                flip(path, position)
+                (found,) = check_manifest(directory).differences
+                flip(path, position)
+                owner = next(
+                    (p.tensor for p in entry.parts if p.offset <= position < p.offset + p.nbytes),
+                    "its bytes",
+                )
+                assert found.startswith(f"{name}: {owner}")
+        assert check_manifest(directory).differences == []
+
+
+def test_the_offsets_are_those_of_the_safetensors_header(pair: tuple[Path, Path]) -> None:
+    """What is called a tensor's bytes is what any reader of the format takes for them."""
+    manifest = read_manifest(pair[1])
+    assert manifest is not None
+    for name, entry in manifest.target.items():
+        if name.endswith(".safetensors"):
+            data = (pair[1] / name).read_bytes()
+            (length,) = struct.unpack("<Q", data[:8])
+            header = json.loads(data[8 : 8 + length])
+            header.pop("__metadata__", None)
+            assert {part.tensor: part.offset for part in entry.parts} == {
+                tensor: 8 + length + one["data_offsets"][0] for tensor, one in header.items()
+            }
+
+
+def test_a_changed_manifest_is_refused(pair: tuple[Path, Path]) -> None:
+    """Whichever of its bytes it is: in a hash of its own, in white space, in a name."""
+    path = pair[1] / MANIFEST_NAME
+    whole = path.read_bytes()
+    for position in [*range(0, len(whole), 101), len(whole) - 1, len(whole) - 20]:
+        flip(path, position)
+        with pytest.raises(CorruptFileError, match="manifest is damaged"):
+            check_manifest(pair[1])
+        path.write_bytes(whole)
+    path.write_bytes(whole[:-10])
+    with pytest.raises(CorruptFileError, match="manifest is damaged"):
+        check_manifest(pair[1])
+
+
+def test_files_that_come_and_go_are_named(pair: tuple[Path, Path]) -> None:
+    """One that is lost or cut is wrong; one that was added is told."""
+    (pair[1] / "config.json").unlink()
+    shard = min(pair[1].glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (pair[1] / "README.md").touch()
+    report = check_manifest(pair[1])
+    assert [text.partition(":")[0] for text in report.differences] == ["config.json", shard.name]
+    assert report.not_listed == ["README.md"]
+    with pytest.raises(CheckpointError, match=r"no nemotron_bridge\.manifest\.json"):
+        check_manifest(pair[1].parent)
+
+
+@pytest.mark.parametrize("name", ["../hf/config.json", "/etc/passwd", "a/../../b", ""])
+def test_a_manifest_that_points_elsewhere_is_refused(pair: tuple[Path, Path], name: str) -> None:
+    """Even one whose own hash is right: it may come from a stranger."""
+    path = pair[1] / MANIFEST_NAME
+    found = json.loads(path.read_bytes())
+    found["target"][name] = {"nbytes": 1, "sha256": "0" * 64}
+    found["sha256_of_this_file"] = "0" * 64
+    unsigned = json.dumps(found, indent=1).encode() + b"\n"
+    signed = json.dumps(
+        found | {"sha256_of_this_file": hashlib.sha256(unsigned).hexdigest()}, indent=1
+    )
+    path.write_text(signed + "\n")
+    with pytest.raises(CorruptFileError, match="no file of a checkpoint"):
+        check_manifest(pair[1])
+
+
+def test_equal_conversions_have_equal_manifests(super_checkpoint: Path, tmp_path: Path) -> None:
+    """It names no path, no time and no number of workers."""
+    (tmp_path / "elsewhere").mkdir()
+    for place in (tmp_path / "one", tmp_path / "elsewhere" / "two"):
+        import_checkpoint(super_checkpoint, place)
+    one, two = (place / MANIFEST_NAME for place in (tmp_path / "one", tmp_path / "elsewhere/two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert str(tmp_path) not in one.read_text()
+
+
+def test_nothing_vouches_for_what_was_not_compared(super_checkpoint: Path, tmp_path: Path) -> None:
+    """Without verification there is no manifest; an import of an export carries none along."""
+    options = ConversionOptions(verify="none")
+    import_checkpoint(super_checkpoint, tmp_path / "megatron", options=options)
+    assert not (tmp_path / "megatron" / MANIFEST_NAME).exists()
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert (tmp_path / "back" / MANIFEST_NAME).exists()
+    import_checkpoint(tmp_path / "back", tmp_path / "again")
+    assert not (tmp_path / "again" / "hf_source" / MANIFEST_NAME).exists()

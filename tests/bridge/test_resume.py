@@ -1,0 +1,325 @@
+"""A conversion that was cut short is gone on with, to the same bytes, or refused with a reason."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from bridge.conversion import DONE_ALREADY, ConversionOptions
+from bridge.convert import export_checkpoint, import_checkpoint
+from bridge.errors import (
+    CheckpointError,
+    CorruptFileError,
+    ResumeError,
+    TargetExistsError,
+    UsageError,
+    VerificationError,
+)
+from bridge.storage import new_files
+from bridge.storage.remote import parse_location
+from bridge.storage.synthetic import synthesize
+from bridge.storage.target import MANIFEST_NAME
+from bridge.transfer import TransferLimits
+
+Store: TypeAlias = Any
+Failing = Callable[[int], None]
+ONE_AT_A_TIME = TransferLimits(threads=1)
+RESUME = ConversionOptions(resume=True, limits=ONE_AT_A_TIME)
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory, the manifest too."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    """Let the disk be full after so many files; zero heals it."""
+    finish = new_files.NewFile.finish
+    left = [0]
+
+    def full_disk(file: new_files.NewFile) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            with file._refusals():
+                raise OSError(28, "No space left on device", str(file.path))
+        finish(file)
+
+    def fail_after(count: int) -> None:
+        left[0] = count + 1 if count else 0
+        monkeypatch.setattr(new_files.NewFile, "finish", full_disk if count else finish)
+
+    return fail_after
+
+
+def cut_short(source: Path, target: Path, failing: Failing, **how: int) -> Path:
+    """An import whose third file found no room; its site."""
+    failing(2)
+    with pytest.raises(CheckpointError, match="No space left on device") as caught:
+        import_checkpoint(
+            source,
+            target,
+            tensor_model_parallel_size=how.get("tp", 2),
+            pipeline_model_parallel_size=2,
+            options=ConversionOptions(limits=ONE_AT_A_TIME),
+        )
+    failing(0)
+    site = target.parent / f".{target.name}.partial"
+    assert f"--resume goes on with what is complete; to give it up, remove {site}" in str(
+        caught.value
+    )
+    assert not target.exists()
+    return site
+
+
+def identities(directory: Path) -> set[tuple[int, int]]:
+    """Of the weight files below a directory: one that is written again has another time."""
+    found = (path.stat() for path in directory.rglob("*.distcp"))
+    return {(status.st_ino, status.st_mtime_ns) for status in found}
+
+
+def clean(source: Path, target: Path) -> dict[str, bytes]:
+    """What an import that nothing befalls makes."""
+    import_checkpoint(source, target, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    return everything(target)
+
+
+def resume(source: Path, target: Path, options: ConversionOptions = RESUME) -> None:
+    """The same command again."""
+    import_checkpoint(
+        source,
+        target,
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        options=options,
+    )
+
+
+def test_what_is_complete_is_kept_and_the_result_is_the_same(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing
+) -> None:
+    """The files of the first attempt are those of the result, by their inodes."""
+    expected = clean(super_checkpoint, tmp_path / "clean")
+    site = cut_short(super_checkpoint, tmp_path / "megatron", failing)
+    kept = identities(site / "data")
+    resume(super_checkpoint, tmp_path / "megatron")
+    assert everything(tmp_path / "megatron") == expected
+    assert len(identities(tmp_path / "megatron") & kept) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "clean", "megatron"}
+
+
+@pytest.mark.parametrize("spoil", ["touched", "cut", "gone", "note cut short", "a stranger's"])
+def test_what_cannot_be_trusted_is_written_again(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing, spoil: str
+) -> None:
+    """Even without the comparison that would find it in the end."""
+    expected = clean(super_checkpoint, tmp_path / "clean")
+    site = cut_short(super_checkpoint, tmp_path / "megatron", failing)
+    first = min((site / "data").rglob("*.distcp"))
+    (notes,) = site.glob("done-*")
+    match spoil:
+        case "touched":
+            first.write_bytes(bytes(first.stat().st_size))
+        case "cut":
+            first.write_bytes(first.read_bytes()[:-1])
+        case "gone":
+            first.unlink()
+        case "note cut short":
+            notes.write_bytes(notes.read_bytes()[:-9])
+        case _:
+            (site / "data" / "iter_0000000" / "__9_9.distcp").touch()
+    resume(
+        super_checkpoint,
+        tmp_path / "megatron",
+        ConversionOptions(resume=True, verify="none", limits=ONE_AT_A_TIME),
+    )
+    names = {name for name in expected if name.endswith(".distcp")}
+    found = everything(tmp_path / "megatron")
+    assert {name: found[name] for name in found if name.endswith(".distcp")} == {
+        name: expected[name] for name in names
+    }
+
+
+def test_without_the_flag_it_starts_over(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing
+) -> None:
+    """And nothing of the first attempt is left."""
+    site = cut_short(super_checkpoint, tmp_path / "megatron", failing)
+    kept = identities(site / "data")
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    assert not kept & identities(tmp_path / "megatron")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
+
+
+def test_a_changed_source_is_noticed(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing
+) -> None:
+    """By name; what was built stays until somebody decides."""
+    site = cut_short(super_checkpoint, tmp_path / "megatron", failing)
+    shard = sorted(super_checkpoint.glob("*.safetensors"))[1]
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    before = everything(site)
+    with pytest.raises(ResumeError, match="the source has changed") as caught:
+        resume(super_checkpoint, tmp_path / "megatron")
+    assert [place.partition(":")[0] for place in caught.value.where] == [shard.name]
+    assert everything(site) == before
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_another_conversion_is_not_gone_on_with(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing
+) -> None:
+    """Files cut for other ranks would not fit together."""
+    cut_short(super_checkpoint, tmp_path / "megatron", failing)
+    with pytest.raises(ResumeError, match="another conversion"):
+        import_checkpoint(super_checkpoint, tmp_path / "megatron", options=RESUME)
+
+
+def test_a_source_that_changes_meanwhile_makes_no_target(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where the bytes that were read make a whole: nobody could say of what."""
+    from bridge.conversion import ConversionJob
+
+    seal = ConversionJob.seal
+
+    def meanwhile(self: ConversionJob, *args: object) -> object:
+        os.utime(super_checkpoint / "tokenizer.json", ns=(1, 1))
+        return seal(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ConversionJob, "seal", meanwhile)
+    with pytest.raises(CorruptFileError, match="changed while it was converted") as caught:
+        import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    assert caught.value.where[0].startswith("tokenizer.json:")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_complete_target_is_nothing_to_do(super_checkpoint: Path, tmp_path: Path) -> None:
+    """A kill after the last step: the loop that tries again ends well."""
+    expected = clean(super_checkpoint, tmp_path / "megatron")
+    (tmp_path / ".megatron.partial" / "data").mkdir(parents=True)
+    report = import_checkpoint(
+        super_checkpoint,
+        tmp_path / "megatron",
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        options=RESUME,
+    )
+    assert set(DONE_ALREADY) <= set(report.notes)
+    assert report.verified
+    assert everything(tmp_path / "megatron") == expected
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
+    with pytest.raises(TargetExistsError):  # of other ranks
+        import_checkpoint(super_checkpoint, tmp_path / "megatron", options=RESUME)
+
+
+def test_a_complete_target_is_not_taken_on_trust(super_checkpoint: Path, tmp_path: Path) -> None:
+    """Neither when it was damaged since, nor when its source has changed."""
+    clean(super_checkpoint, tmp_path / "megatron")
+    (record,) = (tmp_path / "megatron").glob("iter_*/__0_0.distcp")
+    whole = record.read_bytes()
+    record.write_bytes(whole[:-1] + b"\xff")
+    with pytest.raises(VerificationError, match="damaged since"):
+        resume(super_checkpoint, tmp_path / "megatron")
+    record.write_bytes(whole)
+    config = super_checkpoint / "tokenizer_config.json"
+    config.write_bytes(config.read_bytes() + b" ")
+    with pytest.raises(ResumeError, match="its source has changed"):
+        resume(super_checkpoint, tmp_path / "megatron")
+
+
+def test_an_export_is_gone_on_with(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing
+) -> None:
+    """Rounded, too: what rounding has cost is told of all weights, not only of the rest."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    rounding = ConversionOptions(dtype="float16", allow_overflow=True, limits=ONE_AT_A_TIME)
+    expected = export_checkpoint(tmp_path / "megatron", tmp_path / "clean", options=rounding)
+    failing(2)
+    with pytest.raises(CheckpointError, match="No space"):
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back", options=rounding)
+    failing(0)
+    found = export_checkpoint(
+        tmp_path / "megatron", tmp_path / "back", options=replace(rounding, resume=True)
+    )
+    assert everything(tmp_path / "back") == everything(tmp_path / "clean")
+    assert found.rounding == expected.rounding
+
+
+def test_a_synthetic_checkpoint_is_gone_on_with(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing
+) -> None:
+    """Of another seed it is not."""
+
+    def make(target: Path, seed: int = 0, *, again: bool = False) -> None:
+        synthesize(
+            super_checkpoint / "config.json", target,
+            seed=seed, max_shard_size=500_000, limits=ONE_AT_A_TIME, resume=again,
+        )  # fmt: skip
+
+    make(tmp_path / "clean")
+    failing(2)
+    with pytest.raises(CheckpointError, match="No space"):
+        make(tmp_path / "synthetic")
+    failing(0)
+    with pytest.raises(ResumeError, match="another conversion"):
+        make(tmp_path / "synthetic", seed=1, again=True)
+    make(tmp_path / "synthetic", again=True)
+    assert everything(tmp_path / "synthetic") == everything(tmp_path / "clean")
+
+
+def test_a_target_behind_a_url_is_gone_on_with(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing, store: Store
+) -> None:
+    """What has arrived whole is not sent again; its size alone proves little."""
+    expected = clean(super_checkpoint, tmp_path / "clean")
+    make = partial(
+        import_checkpoint,
+        super_checkpoint,
+        parse_location("store://bucket/megatron"),
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+    )
+    failing(2)
+    with pytest.raises(CheckpointError, match="No space"):
+        make(options=ConversionOptions(limits=ONE_AT_A_TIME))
+    failing(0)
+    kept = {name for name in store.files() if name.endswith(".distcp")}
+    assert len(kept) == 2
+    assert not any(name.endswith("iteration.txt") for name in store.files())
+    with pytest.raises(UsageError, match="complete by their size"):
+        make(options=ConversionOptions(resume=True, verify="none"))
+    store.calls.clear()
+    make(options=RESUME)
+    found = {name.partition("/megatron/")[2]: data for name, data in store.files().items()}
+    assert found == expected
+    sent = {call.path.lstrip("/") for call in store.calls if call.operation == "upload"}
+    assert len(sent) == 2
+    assert not kept & sent
+
+
+def test_a_copy_of_the_site_is_no_site(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing
+) -> None:
+    """Its files have other times: they are written again, and the result is right."""
+    expected = clean(super_checkpoint, tmp_path / "clean")
+    site = cut_short(super_checkpoint, tmp_path / "megatron", failing)
+    shutil.copytree(site, tmp_path / "copy", copy_function=shutil.copy)
+    shutil.rmtree(site)
+    (tmp_path / "copy").rename(site)
+    resume(super_checkpoint, tmp_path / "megatron")
+    assert everything(tmp_path / "megatron") == expected
+    assert (tmp_path / "megatron" / MANIFEST_NAME).is_file()
