@@ -17,6 +17,7 @@ import signal
 import stat
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
@@ -64,6 +65,7 @@ class Layer:
     fault: Fault | None
     die: Callable[[], None]
     counts: dict[str, int] = field(default_factory=lambda: {"w": 0, "r": 0})
+    of_name: Counter[str] = field(default_factory=Counter)
     events: list[tuple[str, str, str]] = field(default_factory=list)
     struck: str = ""
     """The call that the fault happened to."""
@@ -175,6 +177,7 @@ class Layer:
     ) -> Any:  # noqa: ANN401 - the function's own
         with self._lock:
             self.counts[kind] += 1
+            self.of_name[name] += 1
             if self.fault is None:
                 self.events.append((kind, name, path))
             struck = self._strikes(name, kind, path)
@@ -190,7 +193,10 @@ class Layer:
             return False
         if self._gone is not None:
             return _below(path, self._gone)
-        if self.struck or fault.on != kind or self.counts[kind] < fault.at:
+        counted = self.of_name[name] if fault.on == "c" else self.counts[kind]
+        if self.struck or counted < fault.at:
+            return False
+        if (fault.call or name) != name or fault.on not in {kind, "c"}:
             return False
         self.struck = f"{name} {path}"
         if fault.lasting:

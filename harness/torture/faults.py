@@ -2,6 +2,7 @@
 
 `w17-before` kills before the 17th call that changes something, `-half` in the middle of its bytes,
 `-after` when it has returned, and `-power` then takes away all that was not brought to the disk.
+`rename.1-before` counts calls of that name alone, which threads shift less.
 `w17-ENOSPC` makes it fail, `w17-ENOSPC!` and all that follow it, `r5-EIO` the 5th call that reads.
 `t0.40-group` kills every process at 40 % of the time that the command takes, `-lead` and `-hand`
 one of them. `d0.70-disk` gives it a disk with room for 70 % of what it writes.
@@ -16,13 +17,13 @@ from typing import Final, Literal, TypeAlias, cast
 
 from bridge.errors import UsageError
 
-On: TypeAlias = Literal["w", "r", "t", "d"]
-"""Calls that write, calls that read, time, and the size of the disk."""
+On: TypeAlias = Literal["w", "r", "c", "t", "d"]
+"""Calls that write, calls that read, those of one name, time, and the size of the disk."""
 
 KILLS: Final = ("before", "half", "after", "power")
 SIGNALS: Final = ("group", "lead", "hand")
 _SPELLING: Final = re.compile(
-    rf"(?P<on>[wr])(?P<at>\d+)-(?P<how>{'|'.join(KILLS)}|E[A-Z]+)(?P<lasting>!?)"
+    rf"(?:(?P<on>[wr])|(?P<call>[a-z_]+)\.)(?P<at>\d+)-(?P<how>{'|'.join(KILLS)}|E[A-Z]+)(?P<lasting>!?)"
     rf"|(?P<part_of>[td])(?P<part>\d\.\d\d)-(?P<part_how>{'|'.join(SIGNALS)}|disk)"
 )
 
@@ -65,12 +66,14 @@ class Fault:
         at: The number of the call, from 1; or a part of the time or the disk, of 1.
         how: A kill's manner, a signal's addressee, an error's name, or `disk`.
         lasting: Whether later calls fail too.
+        call: The name that is counted, `create` and `open` for those of `open`.
     """
 
     on: On
     at: float
     how: str
     lasting: bool = False
+    call: str = ""
 
     @property
     def kills(self) -> bool:
@@ -84,7 +87,8 @@ class Fault:
 
     def __str__(self) -> str:
         at = f"{self.at:.2f}" if self.on in "td" else f"{self.at:.0f}"
-        return f"{self.on}{at}-{self.how}{'!' if self.lasting else ''}"
+        on = f"{self.call}." if self.on == "c" else self.on
+        return f"{on}{at}-{self.how}{'!' if self.lasting else ''}"
 
 
 def parse_fault(text: str) -> Fault:
@@ -94,14 +98,19 @@ def parse_fault(text: str) -> Fault:
         UsageError: BR001, none is.
     """
     found = _SPELLING.fullmatch(text)
-    if found is None or (found["on"] and found["how"] not in (*KILLS, *ERRORS)):
+    if found is None or (found["at"] and found["how"] not in (*KILLS, *ERRORS)):
         raise UsageError(
             f"{text[:80]!r} is no fault",
             where="--replay",
             hint="copy the id of a trial from a report, such as import/w17-before",
         )
-    if found["on"]:
-        on = cast("On", found["on"])
-        return Fault(on=on, at=int(found["at"]), how=found["how"], lasting=bool(found["lasting"]))
+    if found["at"]:
+        return Fault(
+            on=cast("On", found["on"] or "c"),
+            at=int(found["at"]),
+            how=found["how"],
+            lasting=bool(found["lasting"]),
+            call=found["call"] or "",
+        )
     on = cast("On", found["part_of"])
     return Fault(on=on, at=float(found["part"]), how=found["part_how"])

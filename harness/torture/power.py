@@ -88,13 +88,15 @@ class Unsynced:
         self._directories.get(_Inode(found.st_dev, found.st_ino), set()).discard(name)
 
     def lose(self) -> None:
-        """Take it all away."""
+        """Take it all away; the time of a change is no data, and stays."""
         for written in self._files.values():
+            before = _fstat(written.descriptor)
             _truncate(written.descriptor, written.size)
             for offset, nbytes in written.ranges:
                 for at in range(offset, min(offset + nbytes, written.size), _CHUNK):
                     end = min(at + _CHUNK, offset + nbytes, written.size)
                     _pwrite(written.descriptor, bytes(end - at), at)
+            os.utime(written.descriptor, ns=(before.st_atime_ns, before.st_mtime_ns))
 
     def left(self, place: Path) -> list[str]:
         """What of a directory, itself included, is not on the disk; relative names."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +248,7 @@ class Ground:
         Raises:
             TortureError: HN206, it fails.
         """
-        directory = self.trial(f"clean-{scenario.name}")
+        directory = self.trial(f"clean-{scenario.name}-{uuid.uuid4().hex}")
         place = directory / "place"
         self.lay_old(scenario, place)
         old, old_nbytes = contents(scenario.target(place)), nbytes_below(scenario.target(place))

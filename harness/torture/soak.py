@@ -143,6 +143,8 @@ def soak(
             process.wait(5)
         process.kill()
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
     if process.returncode or len(samples) < count:
         raise TortureError(
             f"the soak has ended after {len(samples)} of {count} conversions",

@@ -207,8 +207,9 @@ def _spread(one: Prepared, kind: str, count: int, chance: random.Random) -> list
     for at, place in enumerate(places, start=1):
         first.setdefault(place, []).append(at)
     chosen = {chance.choice(numbers) for numbers in first.values()}
-    if len(chosen) > count // 2:
-        chosen = set(chance.sample(sorted(chosen), count // 2))
+    most = count * 3 // 4
+    if len(chosen) > most:
+        chosen = set(chance.sample(sorted(chosen), most))
     others = [at for at in range(1, total + 1) if at not in chosen]
     left = count - len(chosen)
     chosen |= {others[math.floor((turn + chance.random()) * len(others) / left)]
@@ -265,7 +266,7 @@ def _run_on(
     for number, fault in enumerate((*trial.faults, None)):
         if fault is None and make_room is not None:
             make_room(plenty(prepared.old_nbytes, prepared.nbytes))
-        spelt = str(fault) if fault is not None and fault.on in "rw" else ""
+        spelt = str(fault) if fault is not None and fault.on in "rwc" else ""
         job = ground.job(scenario, directory, number, fault=spelt, resume=number > 0)
         meanwhile = None
         if fault is not None and fault.on == "t":

@@ -104,6 +104,7 @@ def test_every_change_is_seen_whichever_way_it_is_made(tmp_path: Path) -> None:
         ("w3-half", {"a/text": b"abcd"}),
         ("w3-after", {"a/text": b"abcdefgh"}),
         ("w3-power", {"a/text": b""}),
+        ("write.2-half", {"a/text": b"abcdefgh", "a/bytes": b"1234"}),
         ("w8-half", {"a/text": b"abcdefgh", "a/bytes": b"12345678", "raw": bytes(4) + b"xxxx"}),
         ("w8-power", {"a/text": b"", "a/bytes": b"12345678", "raw": b""}),
         ("w9-power", {"a/text": b"", "a/bytes": b"12345678", "cooked": b""}),

@@ -10,6 +10,8 @@ from harness.torture.faults import Fault, answers, parse_fault
 SPELT = [
     ("w17-before", Fault(on="w", at=17, how="before")),
     ("w1-power", Fault(on="w", at=1, how="power")),
+    ("rename.2-half", Fault(on="c", at=2, how="half", call="rename")),
+    ("fsync.1-EIO", Fault(on="c", at=1, how="EIO", call="fsync")),
     ("r5-EIO", Fault(on="r", at=5, how="EIO")),
     ("w9-ENOSPC!", Fault(on="w", at=9, how="ENOSPC", lasting=True)),
     ("t0.40-hand", Fault(on="t", at=0.4, how="hand")),
