@@ -24,7 +24,7 @@ from bridge.manifest import (
 from bridge.progress import Progress
 from bridge.reading import TransferLimits
 from bridge.record import RECORD_NAME, SIDE_DIRECTORY, sha256_of
-from bridge.storage.building import building_site
+from bridge.storage.building import building_site, sync_directory
 from bridge.storage.journal import Job
 from bridge.storage.megatron import MegatronSource
 from bridge.storage.new_checkpoint import NewCheckpoint
@@ -242,6 +242,7 @@ def is_done_already(
         )
     if crew.rank == 0 and isinstance(target, Path):
         with suppress(BridgeError, OSError), building_site(target, overwrite=True) as site:
+            sync_directory(site.target.parent)  # the attempt that was killed may not have
             site.sweep()
     return found
 

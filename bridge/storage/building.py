@@ -3,6 +3,7 @@
 A target NAME is built in a site beside it:
 
     .NAME.partial/lock       held (flock) by the process that builds; a kill ends that
+    .NAME.partial/writers    held (shared) by all that write: workers may outlive their lead
     .NAME.partial/job.json   what is being built, and from what (`bridge.storage.journal`)
     .NAME.partial/done-*     which of its files are complete and on the disk
     .NAME.partial/data/      what becomes NAME, by one rename; with --overwrite by an exchange of
@@ -20,6 +21,8 @@ import errno
 import fcntl
 import os
 import shutil
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +32,11 @@ from typing import Final
 from bridge.errors import CheckpointError, TargetExistsError
 
 LOCK_NAME: Final = "lock"
+WRITERS_NAME: Final = "writers"
 DATA_NAME: Final = "data"
+_LOCKS: Final = frozenset({LOCK_NAME, WRITERS_NAME})
+_STRAGGLERS: Final = 30.0
+"""Seconds for the workers of a conversion that was killed to notice it."""
 _OLD_NAME: Final = "old"
 _PARTIAL: Final = ".partial"
 _RENAME_EXCHANGE: Final = 2
@@ -44,6 +51,8 @@ class Site:
 
     target: Path
     root: Path
+    claim: str
+    """Of this attempt alone; what the lock file says while it is held."""
 
     @property
     def data(self) -> Path:
@@ -68,7 +77,7 @@ class Site:
     def sweep(self) -> None:
         """Remove what is in the site and is nobody's target."""
         for left in self.root.iterdir():
-            if left.name == LOCK_NAME:
+            if left.name in _LOCKS:
                 continue
             if left.is_dir():
                 shutil.rmtree(left)
@@ -110,14 +119,18 @@ def building_site(target: Path, *, overwrite: bool) -> Iterator[Site]:
             f"cannot create the target: {error.strerror}", where=str(target)
         ) from error
     try:
-        site = Site(target, root)
+        site = Site(target, root, uuid.uuid4().hex)
         with refusals(target):
+            _wait_for_writers(root, target)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, site.claim.encode(), 0)
             site.give_back()
             _refuse_existing(target, overwrite=overwrite)
         yield site
     finally:
         with suppress(OSError):
-            if [left.name for left in root.iterdir()] == [LOCK_NAME]:
+            if {left.name for left in root.iterdir()} <= _LOCKS:
+                (root / WRITERS_NAME).unlink(missing_ok=True)
                 # Whoever waits for this lock finds that it has no name any more: see `_hold`.
                 (root / LOCK_NAME).unlink()
                 root.rmdir()
@@ -189,6 +202,57 @@ def _hold(root: Path, target: Path) -> int:
                 return descriptor  # a file system without locks: nothing keeps a second one away
             os.close(descriptor)
             raise
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(root: Path, claim: str) -> Iterator[None]:
+    """Be one of those that write in a site, so that no later attempt begins before they end.
+
+    Args:
+        root: The site.
+        claim: Of the attempt that this process works for.
+
+    Raises:
+        CheckpointError: BR300, another attempt has taken over.
+    """
+    with refusals(root), _locked(root / WRITERS_NAME, fcntl.LOCK_SH):
+        if (root / LOCK_NAME).read_text(encoding="utf-8") != claim:
+            raise CheckpointError(
+                "another attempt has taken over what this one was building", where=str(root)
+            )
+        yield
+
+
+def _wait_for_writers(root: Path, target: Path) -> None:
+    deadline = time.monotonic() + _STRAGGLERS
+    while True:
+        try:
+            with _locked(root / WRITERS_NAME, fcntl.LOCK_EX):
+                return
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            raise TargetExistsError(
+                "a worker of an attempt that was killed is still writing this target",
+                where=[str(target), f"its lock {root / WRITERS_NAME}"],
+                hint="end it, or wait until it ends",
+            ) from None
+
+
+@contextmanager
+def _locked(path: Path, how: int) -> Iterator[None]:
+    """Hold a lock file; BlockingIOError where somebody else does."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
         os.close(descriptor)
 
 

@@ -12,8 +12,9 @@ import hashlib
 import json
 import logging
 import os
+import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeGuard
 
@@ -112,9 +113,9 @@ class Journal:
     """The notes in a site. Every process of a crew has a copy, and writes to a file of its own."""
 
     root: Path
+    claim: str
     complete: frozenset[str] = frozenset()
     """Files that an earlier attempt has completed, relative to the target."""
-    _mine: list[str] = field(default_factory=list)
 
     def note(self, layout: FileLayout) -> None:
         """A file is complete, and on the disk."""
@@ -123,7 +124,7 @@ class Journal:
         sync_directory(path.parent)
         status = path.stat()
         line = {"file": layout.path, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        with (self.root / f"{_DONE}{os.getpid()}").open("ab") as stream:
+        with (self.root / f"{_DONE}{socket.gethostname()}-{os.getpid()}").open("ab") as stream:
             stream.write(json.dumps(line).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -144,12 +145,12 @@ def open_journal(site: Site, job: Job | None) -> Journal | None:
         site.sweep()
         site.data.mkdir()
         _write_whole(site.root / _JOB_NAME, json.dumps(job.to_dict(), indent=1).encode())
-        return Journal(site.root)
+        return Journal(site.root, site.claim)
     refuse_other_job(found, job, where=str(site.root))
     site.data.mkdir(exist_ok=True)
     complete = _completed(site)
     _keep_only(site.data, complete)
-    return Journal(site.root, frozenset(complete))
+    return Journal(site.root, site.claim, frozenset(complete))
 
 
 def refuse_other_job(found: Mapping[str, Any], job: Job, *, where: str) -> None:

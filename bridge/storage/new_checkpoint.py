@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 from bridge.errors import UsageError
 from bridge.progress import Advance
-from bridge.storage.building import building_site, new_directory, refusals
+from bridge.storage.building import building_site, new_directory, refusals, writing
 from bridge.storage.journal import (
     Job,
     Journal,
@@ -54,8 +55,14 @@ class NewDirectory:
         advance: Advance,
     ) -> None:
         """Write files in place; see `bridge.transfer.write_files`."""
-        done = self.journal.note if self.journal is not None else None
-        write_files(layouts, self.place, source, tilings, limits=limits, advance=advance, done=done)
+        write = partial(
+            write_files, layouts, self.place, source, tilings, limits=limits, advance=advance
+        )
+        if self.journal is None:
+            write()
+            return
+        with writing(self.journal.root, self.journal.claim):
+            write(done=self.journal.note)
 
     def write_small_file(self, name: str, data: bytes) -> None:
         """Write a file and see it to the disk."""

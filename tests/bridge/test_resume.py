@@ -115,7 +115,9 @@ def test_what_is_complete_is_kept_and_the_result_is_the_same(
     kept = identities(site / "data")
     resume(super_checkpoint, tmp_path / "megatron")
     assert everything(tmp_path / "megatron") == expected
-    assert len(identities(tmp_path / "megatron") & kept) == 2
+    now = identities(tmp_path / "megatron")
+    assert len(now & kept) >= 2  # the fourth may have been complete when the third failed
+    assert len(now - kept) >= 1
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "clean", "megatron"}
 
 

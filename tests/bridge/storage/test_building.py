@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from bridge.errors import CheckpointError, TargetExistsError
 from bridge.storage import building
-from bridge.storage.building import building_site, new_directory
+from bridge.storage.building import building_site, new_directory, writing
 
 ROOT = Path(__file__).parents[3]
 HOLD = """
@@ -130,3 +131,25 @@ def test_an_exchange_that_fails_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             site.place()
     assert (tmp_path / "target" / "mine").exists()
+
+
+def test_nobody_begins_while_a_worker_of_a_killed_attempt_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers outlive their lead by a moment; one that does not end is named."""
+    with building_site(tmp_path / "target", overwrite=False) as site:
+        root, claim = site.root, site.claim
+        site.data.mkdir()
+    monkeypatch.setattr(building, "_STRAGGLERS", 0.3)
+    with writing(root, claim):
+        started = time.monotonic()
+        with (
+            pytest.raises(TargetExistsError, match="still writing this target"),
+            building_site(tmp_path / "target", overwrite=False),
+        ):
+            pass
+        assert time.monotonic() - started >= 0.3
+    with building_site(tmp_path / "target", overwrite=False):
+        pass
+    with pytest.raises(CheckpointError, match="another attempt"), writing(root, claim):
+        pass
