@@ -43,12 +43,11 @@ building.Site.place = place
     "placed before it is verified": """
 from bridge.conversion import ConversionJob
 from bridge.storage import building
-place = building.Site.place
 verify = ConversionJob.verify
 def early(job, *args):
-    site = building.Site(job.target_path, building.site_of(job.target_path))
-    site.data.rename(site.target)
-    site.target.rename(site.data)
+    data = building.site_of(job.target_path) / building.DATA_NAME
+    data.rename(job.target_path)
+    job.target_path.rename(data)
     return verify(job, *args)
 ConversionJob.verify = early
 """,
