@@ -171,6 +171,13 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def torture(session: nox.Session) -> None:
+    """Kill and fail conversions at chosen calls of the system: 200 kills, 200 errors, a soak."""
+    python = environment(session)
+    session.run(python, "-m", "harness", "torture", *session.posargs)
+
+
+@nox.session
 def golden(session: nox.Session) -> None:
     """Hold configurations, plans, weights and logits to those on record."""
     python = environment(session)

@@ -44,6 +44,7 @@ from harness import (
     cli_qualify,
     cli_replay,
     cli_stream,
+    cli_torture,
 )
 from harness.cli_run import (
     Format,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 
 _COMMANDS = (
     cli_inspect, cli_generate, cli_bench, cli_diff, cli_explain, cli_faults, cli_fuzz,
-    cli_golden, cli_parity, cli_qualify, cli_replay,
+    cli_golden, cli_parity, cli_qualify, cli_replay, cli_torture,
 )  # fmt: skip
 """Modules that add commands of their own."""
 _ON_RANKS = ("parity", "verify")

@@ -159,6 +159,16 @@ class WorkerTimeoutError(WorkerFailedError):
     code = "HN203"
 
 
+class TortureError(HarnessError):
+    """Brute force that could not be run: a command fails unhurt, or the process that forks it ends.
+
+    To mend it: run the command that the message names by itself; it has to succeed first.
+    """
+
+    code = "HN206"
+    exit_code = 3
+
+
 class GoldenRecordError(HarnessError):
     """Goldens that are not recorded so: in CI, without a reason, or from a model that fails.
 
