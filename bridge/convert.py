@@ -49,8 +49,8 @@ from bridge.record import (
 from bridge.sealing import hf_side, megatron_side, tensor_hashes, write_manifest
 from bridge.side_files import carry, refuse_changed_config, write_side_files
 from bridge.spec import ModelSpec
-from bridge.storage.journal import fingerprint
 from bridge.storage.input_files import obeys_follow_links
+from bridge.storage.journal import fingerprint
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource

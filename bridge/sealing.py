@@ -28,7 +28,8 @@ from bridge.storage.building import building_site, sync_directory
 from bridge.storage.journal import Job
 from bridge.storage.megatron import MegatronSource
 from bridge.storage.new_checkpoint import NewCheckpoint
-from bridge.storage.remote import Location
+from bridge.storage.remote import Location, RemotePath
+from bridge.storage.remote_target import MARKER_NAME
 from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource
 from bridge.storage.source import FileLayout, TensorSource
 from bridge.storage.target import MANIFEST_NAME, read_small_file
@@ -213,6 +214,8 @@ def is_done_already(
         ResumeError: BR306, the source is not what the target was made from.
         VerificationError: BR305, the target is not what it was.
     """
+    if isinstance(target, RemotePath) and (target / MARKER_NAME).is_file():
+        return None  # somebody began and did not end, be the manifest there already
     found: Manifest | None = None
     with suppress(BridgeError):  # what is there is refused elsewhere, in better words
         found = read_manifest(target)

@@ -8,7 +8,6 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Final
 
 from bridge.errors import CheckpointError, UsageError
-
 from bridge.storage.input_files import read_input
 from bridge.storage.remote import Location, RemotePath
 

@@ -319,6 +319,27 @@ def test_a_target_behind_a_url_is_gone_on_with(
     assert not kept & sent
 
 
+def test_a_manifest_without_the_last_files_is_no_complete_target(
+    super_checkpoint: Path, tmp_path: Path, store: Store
+) -> None:
+    """Behind a URL those come after it; a kill between leaves the marker as well."""
+    target = parse_location("store://bucket/megatron")
+    left: dict[str, bytes] = {}
+
+    def remember(call: Any) -> None:  # noqa: ANN401 - the conftest's Call
+        if call.path.endswith("latest_checkpointed_iteration.txt") and call.operation == "write":
+            left.update(store.files())
+
+    store.trouble = staticmethod(remember)
+    import_checkpoint(super_checkpoint, target)
+    whole = store.files()
+    store.clear()
+    store.fill(left)
+    assert any(name.endswith(MANIFEST_NAME) for name in left)
+    import_checkpoint(super_checkpoint, target, options=RESUME)
+    assert store.files() == whole
+
+
 def test_a_copy_of_the_site_is_no_site(
     super_checkpoint: Path, tmp_path: Path, failing: Failing
 ) -> None:
