@@ -320,7 +320,7 @@ def test_a_target_behind_a_url_is_gone_on_with(
 
 
 def test_a_manifest_without_the_last_files_is_no_complete_target(
-    super_checkpoint: Path, tmp_path: Path, store: Store
+    super_checkpoint: Path, store: Store
 ) -> None:
     """Behind a URL those come after it; a kill between leaves the marker as well."""
     target = parse_location("store://bucket/megatron")
