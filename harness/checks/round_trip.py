@@ -12,6 +12,7 @@ from pathlib import Path
 from bridge.errors import CheckpointError
 from bridge.plan import Plan
 from bridge.spec import ModelSpec
+from bridge.storage.target import MANIFEST_NAME
 from harness.bench import BASE_LAYOUT, Bench
 from harness.compare import Finding, exact, read_safetensors, tensor_differences
 from harness.stored import against_source, in_megatron
@@ -101,8 +102,11 @@ def _tensor_problems(back: Path, source: Path, plan: Plan) -> tuple[list[str], i
 
 
 def _files(directory: Path) -> dict[str, Path]:
+    """Of the model: a manifest is each conversion's own, of files that are compared here."""
     return {
-        str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()
+        str(path.relative_to(directory)): path
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != MANIFEST_NAME
     }
 
 

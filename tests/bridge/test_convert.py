@@ -167,7 +167,7 @@ def test_a_bare_configuration_becomes_config_json_and_brings_nothing_along(
     export_checkpoint(
         tmp_path / "megatron", tmp_path / "back", hf_model=tmp_path / "configs" / "my.json"
     )
-    assert {"config.json", "model.safetensors"} == {p.name for p in (tmp_path / "back").iterdir()}
+    assert {"config.json", "model.safetensors"} == files_of(tmp_path / "back").keys()
 
 
 def test_an_iteration_directory_given_as_a_dot_finds_the_record(

@@ -90,6 +90,7 @@ def test_codes_and_exit_statuses_are_the_published_ones() -> None:
         "AccountingError": ("BR301", 2),
         "CorruptFileError": ("BR302", 2),
         "DtypeMismatchError": ("BR303", 2),
+        "ResumeError": ("BR306", 2),
         "UnsafeFileError": ("BR307", 2),
         "TargetExistsError": ("BR304", 2),
         "VerificationError": ("BR305", 1),

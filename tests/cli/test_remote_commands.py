@@ -13,6 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
+from bridge.storage.target import MANIFEST_NAME
 from harness.toys import toy_named, write_checkpoint
 from tests.directories import files_of
 
@@ -59,8 +60,8 @@ def hf(memory: Memory, tmp_path: Path) -> Path:
 
 
 def stored(memory: Memory, prefix: str) -> dict[str, bytes]:
-    """Every object below a prefix, with its bytes."""
-    names = memory.find(prefix)
+    """Every object below a prefix, with its bytes; but for a manifest, as in `files_of`."""
+    names = [name for name in memory.find(prefix) if not name.endswith(MANIFEST_NAME)]
     return {name.removeprefix(prefix + "/"): memory.cat_file(name) for name in names}
 
 

@@ -23,6 +23,7 @@ from bridge.errors import (
     UsageError,
 )
 from harness.toys import toy_named, write_checkpoint
+from tests.directories import files_of
 
 # Parameter names and defaults of megatron.bridge.AutoBridge 0.3.1, written down from its source;
 # those behind the bar came with 0.6.2.
@@ -208,7 +209,7 @@ def test_a_checkpoint_s_own_args_make_a_configuration(
         "dtype": None,
     }
     assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
-    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [
+    assert sorted(Path(name).suffix for name in files_of(tmp_path / "out")) == [
         ".json", ".json", ".safetensors",
     ]  # fmt: skip
     other = AutoBridge.from_auto_config
@@ -270,7 +271,7 @@ def test_an_export_never_replaces_what_it_takes_files_from(
     for name in ("hf", "another", "side"):
         shutil.copytree(models["nano-4b"], tmp_path / name)
     (tmp_path / "another" / "tokenizer.json").write_text('{"another": 1}')
-    before = bytes_tree(tmp_path)
+    before = files_of(tmp_path)
     with pytest.raises(UsageError, match="must not be one inside the other"):
         AutoBridge.from_hf_pretrained(tmp_path / hf).export_ckpt(
             models["megatron"],
@@ -278,7 +279,7 @@ def test_an_export_never_replaces_what_it_takes_files_from(
             source_path=None if source_path is None else tmp_path / source_path,
             overwrite=True,
         )
-    assert bytes_tree(tmp_path) == before
+    assert files_of(tmp_path) == before
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:
@@ -298,16 +299,7 @@ def test_an_import_changes_no_dtype(models: dict[str, Path], tmp_path: Path) -> 
     assert "--dtype" in str(caught.value.hint)
     assert list(tmp_path.iterdir()) == []
     AutoBridge.import_ckpt(models["nano-4b"], tmp_path / "out", torch_dtype=torch.bfloat16)
-    assert bytes_tree(tmp_path / "out") == bytes_tree(models["megatron"])
-
-
-def bytes_tree(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes()
-        for path in directory.rglob("*")
-        if path.is_file()
-    }
+    assert files_of(tmp_path / "out") == files_of(models["megatron"])
 
 
 @pytest.mark.parametrize(

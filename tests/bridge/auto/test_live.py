@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import bridge.decilm  # noqa: F401 - registers the model type
 from bridge.convert import export_checkpoint, import_checkpoint, read_spec
 from bridge.pipeline import plan_layout
+from bridge.storage.target import MANIFEST_NAME
 from harness.launcher import RankPool
 from harness.toys import toy_named, write_checkpoint
 
@@ -82,12 +83,12 @@ def source_digests(hf: Path, dtype: torch.dtype | None = None) -> dict[str, Any]
 
 
 def same_files(left: Path, right: Path) -> list[str]:
-    """Names of files that differ or are on one side only."""
+    """Names of files that differ or are on one side only, but for a conversion's manifest."""
     names = {
         path.relative_to(side).as_posix()
         for side in (left, right)
         for path in side.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != MANIFEST_NAME
     }
     _, mismatch, errors = filecmp.cmpfiles(left, right, names, shallow=False)
     return sorted(mismatch + errors)

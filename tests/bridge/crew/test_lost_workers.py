@@ -124,7 +124,7 @@ def test_a_command_that_is_told_to_end_clears_up(
     assert "Traceback" not in err
     assert command.process.returncode == code
     assert session.leftovers(seconds=0) == []
-    assert command.left() == set()
+    assert command.left() <= {".m.partial"}  # where something was complete, to go on with
 
 
 def test_workers_of_a_killed_command_end_though_one_is_stopped(
