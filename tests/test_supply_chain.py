@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import warnings
 import zipfile
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
