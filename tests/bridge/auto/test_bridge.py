@@ -22,6 +22,7 @@ from bridge.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
+from bridge.manifest import check_manifest
 from harness.toys import toy_named, write_checkpoint
 from tests.directories import files_of
 
@@ -224,7 +225,7 @@ def test_an_export_is_the_source_or_has_what_the_bridge_has(
     hf = models["nano-4b"]
     same = AutoBridge.from_hf_pretrained(hf)
     same.export_ckpt(megatron_path=models["megatron"] / "iter_0000000", hf_path=tmp_path / "same")
-    assert bytes_of(tmp_path / "same") == bytes_of(hf)
+    assert files_of(tmp_path / "same") == files_of(hf)
     other = tmp_path / "other"
     other.mkdir()
     config = (hf / "config.json").read_bytes()
@@ -237,16 +238,17 @@ def test_an_export_is_the_source_or_has_what_the_bridge_has(
     AutoBridge.from_hf_pretrained(other).export_ckpt(
         models["megatron"], tmp_path / "mine", source_path=extra
     )
-    small = {name: one for name, one in bytes_of(tmp_path / "mine").items() if "model." not in name}
+    small = {name: one for name, one in files_of(tmp_path / "mine").items() if "model." not in name}
     assert small == {
         "config.json": config,
         "tokenizer.json": b'{"another": 1}',
         "modeling_custom.py": b"print()",
     }
+    assert check_manifest(tmp_path / "mine").differences == []
     with pytest.raises(TargetExistsError):
         same.export_ckpt(models["megatron"], tmp_path / "mine")
     same.export_ckpt(models["megatron"], tmp_path / "mine", overwrite=True)
-    assert bytes_of(tmp_path / "mine") == bytes_of(hf)
+    assert files_of(tmp_path / "mine") == files_of(hf)
     wrong = AutoBridge.from_hf_pretrained(models["super-49b-v1"])
     with pytest.raises(ConfigError):
         wrong.export_ckpt(models["megatron"], tmp_path / "wrong")
@@ -280,11 +282,6 @@ def test_an_export_never_replaces_what_it_takes_files_from(
             overwrite=True,
         )
     assert files_of(tmp_path) == before
-
-
-def bytes_of(directory: Path) -> dict[str, bytes]:
-    """Every file of a flat directory."""
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def test_an_import_changes_no_dtype(models: dict[str, Path], tmp_path: Path) -> None:
