@@ -27,6 +27,7 @@ from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location, RemotePath
 from bridge.storage.safetensors_layout import total_nbytes
 from bridge.storage.source import FileLayout, TensorInfo, TensorSource
+from bridge.storage.staging_directory import sweep
 from bridge.tiling import Tiling
 from bridge.transfer import Digest, TransferLimits, compare
 
@@ -163,9 +164,12 @@ class ConversionJob:
         """The target's manifest where an earlier attempt was killed after its last step."""
         if not self.options.resume:
             return None
-        return is_done_already(
+        done = is_done_already(
             self.target_path, read, job, crew=self.crew, limits=self.options.limits
         )
+        if done is not None and isinstance(self.target_path, RemotePath):
+            sweep(self.options.staging)  # what the attempt that was killed has left there
+        return done
 
     def refuse_changed_source(
         self, read: ReadSide, job: Job, *, beside: Mapping[str, str] | None = None

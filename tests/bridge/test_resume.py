@@ -320,7 +320,7 @@ def test_a_target_behind_a_url_is_gone_on_with(
 
 
 def test_a_manifest_without_the_last_files_is_no_complete_target(
-    super_checkpoint: Path, store: Store
+    super_checkpoint: Path, tmp_path: Path, store: Store
 ) -> None:
     """Behind a URL those come after it; a kill between leaves the marker as well."""
     target = parse_location("store://bucket/megatron")
@@ -338,6 +338,12 @@ def test_a_manifest_without_the_last_files_is_no_complete_target(
     assert any(name.endswith(MANIFEST_NAME) for name in left)
     import_checkpoint(super_checkpoint, target, options=RESUME)
     assert store.files() == whole
+    (tmp_path / "nemotron-bridge-staging-killed").mkdir()
+    again = replace(RESUME, staging=tmp_path)
+    assert set(DONE_ALREADY) <= set(
+        import_checkpoint(super_checkpoint, target, options=again).notes
+    )
+    assert not (tmp_path / "nemotron-bridge-staging-killed").exists()
 
 
 def test_a_copy_of_the_site_is_no_site(
