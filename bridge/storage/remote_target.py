@@ -81,6 +81,7 @@ class NewPrefix:
             CheckpointError: BR300, no room to build the largest, or the backend fails.
         """
         if not layouts:
+            sweep(self.staging)  # as `staging_directory` does for whoever has something to build
             return
         largest = max(layout.size for layout in layouts)
         with staging_directory(self.staging, needed=largest) as directory:

@@ -311,7 +311,9 @@ def test_a_target_behind_a_url_is_gone_on_with(
     with pytest.raises(UsageError, match="complete by their size"):
         make(options=ConversionOptions(resume=True, verify="none"))
     store.calls.clear()
-    make(options=RESUME)
+    (tmp_path / "nemotron-bridge-staging-killed").mkdir()
+    make(options=replace(RESUME, staging=tmp_path))
+    assert not (tmp_path / "nemotron-bridge-staging-killed").exists()
     found = {name.partition("/megatron/")[2]: data for name, data in store.files().items()}
     assert found == expected
     sent = {call.path.lstrip("/") for call in store.calls if call.operation == "upload"}
