@@ -338,14 +338,16 @@ def test_a_manifest_without_the_last_files_is_no_complete_target(
     store.clear()
     store.fill(left)
     assert any(name.endswith(MANIFEST_NAME) for name in left)
-    import_checkpoint(super_checkpoint, target, options=RESUME)
-    assert store.files() == whole
-    (tmp_path / "nemotron-bridge-staging-killed").mkdir()
     again = replace(RESUME, staging=tmp_path)
-    assert set(DONE_ALREADY) <= set(
-        import_checkpoint(super_checkpoint, target, options=again).notes
-    )
-    assert not (tmp_path / "nemotron-bridge-staging-killed").exists()
+    staged = tmp_path / "nemotron-bridge-staging-killed"
+    staged.mkdir()
+    import_checkpoint(super_checkpoint, target, options=again)  # with nothing left to build
+    assert store.files() == whole
+    assert not staged.exists()
+    staged.mkdir()
+    report = import_checkpoint(super_checkpoint, target, options=again)
+    assert set(DONE_ALREADY) <= set(report.notes)
+    assert not staged.exists()
 
 
 def test_a_copy_of_the_site_is_no_site(
