@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
@@ -15,26 +15,11 @@ from fsspec.registry import known_implementations
 
 from bridge.storage.target import MANIFEST_NAME
 from harness.toys import toy_named, write_checkpoint
+from tests.commands import Run
 from tests.directories import files_of
 
 Memory: TypeAlias = Any
 """fsspec has no types."""
-
-
-class Outcome(NamedTuple):
-    """What a command printed and returned."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Run(Protocol):
-    """Runs one command line."""
-
-    def __call__(self, *arguments: str | Path) -> Outcome:
-        """Give what it printed, and its exit code."""
-        ...
 
 
 @pytest.fixture
