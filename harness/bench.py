@@ -13,6 +13,7 @@ from bridge.platform import forbid_tf32
 from harness import block_states, live, localize
 from harness.block_states import BlockJudgement, Witnesses
 from harness.compare import oracle_weights
+from harness.cores import oracle_cores
 from harness.detached import DetachedReference
 from harness.errors import ReferenceUnavailableError
 from harness.generation import Generated, hf_greedy, prompts_of
@@ -167,12 +168,13 @@ class Bench(Workbench):
 
         def compute() -> Array:
             logger.info("oracle logits of %s, %s probe", case.model, probe.name)
-            return forward(
-                config,
-                self.oracle_weight(case),
-                probe.input_ids,
-                probe.position_ids,
-            )
+            with oracle_cores():
+                return forward(
+                    config,
+                    self.oracle_weight(case),
+                    probe.input_ids,
+                    probe.position_ids,
+                )
 
         return self._once(
             "oracle", path, probe.name, make=compute, spoilt=self.fault.oracle is not None
@@ -195,7 +197,8 @@ class Bench(Workbench):
         def compute() -> Array:
             positions = np.arange(tokens.shape[1])
             config, weight = self.truth_config(case), self.oracle_weight(case)
-            return forward(config, weight, tokens, positions)[:, -steps:]
+            with oracle_cores():
+                return forward(config, weight, tokens, positions)[:, -steps:]
 
         return self._once(
             "oracle continuation", path, tokens.tobytes(), make=compute,
@@ -221,12 +224,13 @@ class Bench(Workbench):
 
         def compute() -> LossAndGradients:
             logger.info("oracle gradients of %s, %s probe", case.model, probe.name)
-            return loss_and_gradients(
-                self.truth_config(case),
-                self.oracle_weight(case),
-                probe.input_ids,
-                probe.position_ids,
-            )
+            with oracle_cores():
+                return loss_and_gradients(
+                    self.truth_config(case),
+                    self.oracle_weight(case),
+                    probe.input_ids,
+                    probe.position_ids,
+                )
 
         return self._once(
             "oracle gradients", path, probe.name, make=compute,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from harness import live_blocks, oracle
+from harness.cores import oracle_cores
 from harness.live_blocks import EMBEDDING, Gathered
 from harness.metrics import Excess, excess, ulp_of_one
 from harness.thresholds import Threshold, Thresholds, Verdict
@@ -56,22 +57,26 @@ def witnesses(case: Case, bench: Bench) -> Witnesses:
     model = oracle.read_config(config)
     reference, logits = hf_states(bench.hf_model(case), probe.input_ids, probe.position_ids)
     free: list[Array] = []
-    oracle.forward(
-        config, weight, probe.input_ids, probe.position_ids,
-        capture=lambda _layer_idx, hidden: free.append(hidden),
-    )  # fmt: skip
-    angles = oracle.rotary_angles(model, probe.position_ids.reshape(-1, probe.input_ids.shape[1]))
-    forced = [free[0]]
-    for layer_idx in range(len(model.blocks)):
-        hidden = reference[layer_idx].astype(np.float64)
-        forced.append(oracle.block(hidden, angles, weight, model, layer_idx))
+    given = [state.astype(np.float64) for state in reference]
+    with oracle_cores():
+        oracle.forward(
+            config, weight, probe.input_ids, probe.position_ids,
+            capture=lambda _layer_idx, hidden: free.append(hidden),
+        )  # fmt: skip
+        positions = probe.position_ids.reshape(-1, probe.input_ids.shape[1])
+        angles = oracle.rotary_angles(model, positions)
+        forced = [
+            oracle.block(hidden, angles, weight, model, layer_idx)
+            for layer_idx, hidden in enumerate(given[:-1])
+        ]
+        forced_logits = oracle.head(given[-1], weight, model)
     return Witnesses(
         model=model,
         reference=reference,
         reference_logits=logits,
         free=free,
-        forced=forced,
-        forced_logits=oracle.head(reference[-1].astype(np.float64), weight, model),
+        forced=[free[0], *forced],
+        forced_logits=forced_logits,
     )
 
 

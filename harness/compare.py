@@ -126,6 +126,11 @@ class _Safetensors(Mapping[str, Any]):
         return self._files[name].get_slice(name)
 
 
+def bfloat16_numbers(words: Words) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The numbers whose bfloat16 words these are, exactly."""
+    return np.left_shift(words, np.uint32(16), dtype=np.uint32).view(np.float32)
+
+
 class NumberRows:
     """A stored tensor as the oracle wants it: rows on demand, as float32 or float64 numbers."""
 
@@ -134,13 +139,16 @@ class NumberRows:
         self.shape: tuple[int, ...] = tuple(stored.get_shape())
 
     def __getitem__(self, rows: slice) -> np.ndarray[Any, np.dtype[np.floating[Any]]]:
-        """Rows, exact: every stored dtype fits into float32 but float64, which stays."""
+        """Rows, exact: bfloat16 as float32, any other dtype as it is.
+
+        By NumPy, in the calling thread: the oracle's threads would each start as many of torch's.
+        """
         import torch
 
         piece = self._stored[rows]
-        found: np.ndarray[Any, np.dtype[np.floating[Any]]] = (
-            piece if piece.dtype == torch.float64 else piece.float()
-        ).numpy()
+        if piece.dtype == torch.bfloat16:
+            return bfloat16_numbers(piece.view(torch.uint16).numpy())
+        found: np.ndarray[Any, np.dtype[np.floating[Any]]] = piece.numpy()
         return found
 
 

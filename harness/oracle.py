@@ -14,11 +14,13 @@ few MiB at a time, so a lazy reader of a 14 GB tensor does as well as an array.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 
@@ -43,12 +45,36 @@ class Rows(Protocol):
 
 Weight = Callable[[str], Rows]
 Capture = Callable[[int, Array], None]
+_Place = TypeVar("_Place")
 
 _ELEMENTS_AT_ONCE: Final = 1 << 20
 """Rows of a matrix are converted to float64 in pieces of at most 8 MiB, which caches hold."""
 
 _TOKENS_AT_ONCE: Final = 512
 """Scores of attention are computed in squares of so many queries and keys, 2 MiB a sequence."""
+
+_threads: ContextVar[ThreadPoolExecutor | None] = ContextVar("threads", default=None)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let so many threads share the rows of each matrix and the heads of each attention.
+
+    Each row's sums are the same however many they are. Let BLAS run one thread then: its threads
+    wait for each other.
+    """
+    with ThreadPoolExecutor(count, thread_name_prefix="oracle") as pool:
+        before = _threads.set(pool)
+        try:
+            yield
+        finally:
+            _threads.reset(before)
+
+
+def _each(work: Callable[[_Place], None], places: Iterable[_Place]) -> None:
+    pool = _threads.get()
+    for _ in (map if pool is None else pool.map)(work, places):
+        pass
 
 
 # --------------------------------------------------------------------------------------
@@ -269,8 +295,11 @@ def linear(x: Array, weight: Weight, name: str, shape: tuple[int, int]) -> Array
     matrix = _of_shape(weight, name, shape)
     out = np.empty((*x.shape[:-1], shape[0]))
     step = max(1, _ELEMENTS_AT_ONCE // shape[1])
-    for start in range(0, shape[0], step):
+
+    def some(start: int) -> None:
         out[..., start : start + step] = x @ _float64(matrix[start : start + step], name).T
+
+    _each(some, range(0, shape[0], step))
     return out
 
 
@@ -286,9 +315,7 @@ def attention(
 ) -> Array:
     """Causal attention; `num_attention_heads // groups` query heads share a key and value head.
 
-    Long sequences are cut into bands of queries, which threads share; the sums are the same however
-    many there are. Let BLAS run one thread then (OPENBLAS_NUM_THREADS=1): its threads wait for each
-    other.
+    Long sequences are cut into bands of queries; the sums are the same however many there are.
 
     Args:
         x: (batch, seq, hidden_size), normed.
@@ -310,19 +337,16 @@ def attention(
     value = project("v_proj", groups)
     mixed = np.empty_like(query)
 
-    def mix(first: int, head: int) -> None:
+    def mix(place: tuple[int, int]) -> None:
+        first, head = place
         last, group = min(first + _TOKENS_AT_ONCE, seq), head // (heads // groups)
         mixed[:, head, first:last] = _attend(
             query[:, head, first:last], key[:, group, :last], value[:, group, :last]
         )
 
     bands = range(0, seq, _TOKENS_AT_ONCE)
-    if len(bands) == 1:
-        for head in range(heads):
-            mix(0, head)
-    else:
-        with ThreadPoolExecutor() as pool:  # the last bands take longest: they start first
-            list(pool.map(lambda one: mix(*one), itertools.product(reversed(bands), range(heads))))
+    # The last bands take longest: they start first.
+    _each(mix, itertools.product(reversed(bands), range(heads)))
     joined = mixed.swapaxes(1, 2).reshape(batch, seq, heads * channels)
     return linear(joined, weight, f"{prefix}.o_proj.weight", (hidden, heads * channels))
 

@@ -19,6 +19,7 @@ from bridge.dtypes import Dtype, Words
 from bridge.errors import AccountingError, UsageError
 from bridge.storage.source import TensorInfo, TensorSource
 from bridge.tiling import Box, Tile, Tiling, bands
+from harness.compare import bfloat16_numbers
 
 Wanted = Sequence[tuple[str, Box]]
 
@@ -102,7 +103,7 @@ class HeldRows:
         box = Box((first + start, *self._box.starts[1:]), (first + stop, *self._box.stops[1:]))
         words = self._source.words(self._name, box)
         if self._dtype.name == "bfloat16":
-            return np.left_shift(words, np.uint32(16), dtype=np.uint32).view(np.float32)
+            return bfloat16_numbers(words)
         found: np.ndarray[Any, np.dtype[np.floating[Any]]] = words.view(f"<f{self._dtype.itemsize}")
         return found
 

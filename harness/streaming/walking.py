@@ -19,11 +19,11 @@ from bridge.storage.safetensors import SafetensorsSource
 from bridge.storage.source import TensorSource
 from bridge.storage.synthetic import SyntheticSource
 from harness.bench import Bench
+from harness.cores import cores_for_each, shared_cores
 from harness.oracle import read_config
 from harness.probes import Probe
 from harness.report.digests import digest_of
 from harness.streaming.arena import Arena
-from harness.streaming.cores import cores_for_each, shared_cores
 from harness.streaming.megatron import DeviceName, Megatron, SegmentTilings, one_rank
 from harness.streaming.progress import WalkProgress, duration
 from harness.streaming.reading import ReadAhead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -151,3 +152,37 @@ def test_memory_does_not_grow_with_the_square_of_the_length() -> None:
         finally:
             tracemalloc.stop()
     assert peak < 32 << 20
+
+
+def test_threads_share_the_rows_and_heads_and_change_no_bit() -> None:
+    """Of a matrix of many pieces, and of attention of more than one band."""
+    length = 600
+    x, tensors = states(length), weights()
+    tall = np.random.default_rng(1).normal(size=((1 << 18) + 5, HIDDEN))
+    seen: set[str] = set()
+
+    class Rows:
+        """The matrix; it remembers who asked."""
+
+        shape = tall.shape
+
+        def __getitem__(self, rows: slice) -> oracle.Array:
+            seen.add(threading.current_thread().name)
+            return tall[rows]
+
+    def computed() -> tuple[oracle.Array, oracle.Array]:
+        some = oracle.linear(x[:, :3], lambda _: Rows(), "w", tall.shape)
+        return some, attention(x, tensors)
+
+    alone = computed()
+    assert seen == {threading.current_thread().name}
+    seen.clear()
+    with oracle.threads(3):
+        shared = computed()
+    assert seen
+    assert threading.current_thread().name not in seen
+    for one, other in zip(alone, shared, strict=True):
+        np.testing.assert_array_equal(one, other)
+    seen.clear()
+    computed()
+    assert seen == {threading.current_thread().name}

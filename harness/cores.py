@@ -1,7 +1,7 @@
-"""How the cores of a machine are shared out while a model is streamed.
+"""How the cores of a machine are shared out between the oracle and the two models.
 
-The oracle computes beside the two models. Threads of a matrix product beyond the cores that are
-free do not share a core: they spin on it until the slowest of them is done.
+Threads of a matrix product beyond the cores that are free do not share a core: they spin on it
+until the slowest of them is done. So the oracle has threads of its own, and NumPy's products none.
 """
 
 from __future__ import annotations
@@ -15,13 +15,25 @@ from typing import Final
 import numpy as np
 import torch
 
+from harness import oracle
 from harness.report.machine import usable_cores
 
 _PREFIXES: Final = (("scipy_openblas_", "64_"), ("openblas_", "64_"), ("openblas_", ""))
 
 
+@contextlib.contextmanager
+def oracle_cores() -> Iterator[None]:
+    """The oracle's, which computes alone while a model is held whole: as many as torch has here.
+
+    So one in a process that shares the machine with others of its kind.
+    """
+    count = torch.get_num_threads()
+    with _torch_threads(1), _openblas_threads(1), oracle.threads(count):
+        yield
+
+
 def cores_for_each(device: str = "cpu") -> int:
-    """Threads for the oracle, and as many for the models: half the cores.
+    """Threads for the oracle, and as many for the models, that are streamed: half the cores.
 
     Where a GPU runs the models they need one core to drive it, and the oracle may have the others.
     """
@@ -31,7 +43,7 @@ def cores_for_each(device: str = "cpu") -> int:
 
 @contextlib.contextmanager
 def shared_cores(device: str = "cpu") -> Iterator[None]:
-    """Hold torch to its share of the cores, and NumPy to one: the oracle has threads of its own."""
+    """Hold torch to its share of the cores, and NumPy to one, while a model is streamed."""
     with _torch_threads(cores_for_each(device)), _openblas_threads(1):
         yield
 
