@@ -118,13 +118,16 @@ class Matrix:
 
     @property
     def indispensable(self) -> dict[str, list[str]]:
-        """Per check the faults that would survive somewhere without it."""
+        """Per check the faults that, in some dtype and on some toy, nothing else kills.
+
+        A suite may have one dtype only, and there is no other to fall back on.
+        """
         found: dict[str, list[str]] = {check: [] for check in self.checks}
-        for (fault, _), killers in self._killers.items():
-            if len(killers) == 1:
-                (check,) = killers
-                if fault not in found[check]:
-                    found[check].append(fault)
+        for unit in self.units:
+            if len(unit.killed_by) == 1:
+                (check,) = unit.killed_by
+                if unit.fault not in found[check]:
+                    found[check].append(unit.fault)
         return found
 
     @property
@@ -137,7 +140,7 @@ class Matrix:
 
     @property
     def redundant_checks(self) -> list[str]:
-        """Checks without which nothing would survive."""
+        """Checks that could be left away in every dtype."""
         return [check for check, faults in self.indispensable.items() if not faults]
 
     def to_dict(self) -> dict[str, Any]:

@@ -41,11 +41,19 @@ def test_a_fault_that_one_dtype_lets_through_must_die_in_another() -> None:
     assert Matrix(
         units=[*small, other], checks=("a", "b"), faults=("one",), seconds=0.0
     ).survivors == ["one"]
-    both = Matrix(
-        units=[unit("one", "x", "a"), unit("one", "x", "b", dtype="bfloat16")],
-        checks=("a", "b"), faults=("one",), seconds=0.0,
+
+
+def test_a_check_is_needed_that_a_suite_of_one_dtype_would_miss() -> None:
+    """What only `a` sees in float32 is no less its own because bfloat16 shows it to `b` too."""
+    matrix = Matrix(
+        units=[
+            *(unit("one", "x", "a"), unit("one", "x", "a", "b", dtype="bfloat16")),
+            *(unit("two", "x", "a", "b"), unit("two", "x", "a", "b", dtype="bfloat16")),
+        ],
+        checks=("a", "b"), faults=("one", "two"), seconds=0.0,
     )  # fmt: skip
-    assert both.redundant_checks == ["a", "b"]
+    assert matrix.indispensable == {"a": ["one"], "b": []}
+    assert matrix.redundant_checks == ["b"]
 
 
 def test_a_fault_survives_when_one_toy_lets_it_through_or_none_tried_it() -> None:
