@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Self
 
 from bridge.strict_json import parse_json
+from harness.checks import CHECKS
 from harness.errors import ResumeError
-from harness.faults.units import Unit, unit_from_data
+from harness.faults.units import Matrix, Unit, unit_from_data
 from harness.report.files import writing_into
 from harness.report.journal import same_run
 
@@ -52,10 +53,7 @@ class UnitJournal:
         """
         path = directory / FILE_NAME
         try:
-            whole, newline, _torn = path.read_bytes().rpartition(b"\n")
-            header, *units = (parse_json(line) for line in whole.split(b"\n"))
-            theirs = header["identity"]
-            earlier = [unit_from_data(one) for one in units]
+            theirs, earlier, end = _read(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ResumeError(
                 "there is no kill matrix to resume",
@@ -65,7 +63,7 @@ class UnitJournal:
         same_run(theirs, identity, path)
         with writing_into(directory):
             file = path.open("r+b")
-            file.truncate(len(whole) + len(newline))
+            file.truncate(end)
             file.seek(0, os.SEEK_END)
         return cls(directory, file, earlier)
 
@@ -84,3 +82,27 @@ class UnitJournal:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+
+def read_matrix(path: Path) -> Matrix:
+    """The matrix of the units in a journal, of all faults and checks that took part.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: It cannot be read, or holds something else.
+    """
+    identity, units, _ = _read(path)
+    took_part = {unit.fault for unit in units}
+    looked = {check for unit in units for check in unit.checks}
+    return Matrix(
+        units=units,
+        checks=[name for name in CHECKS if name in looked],
+        faults=[name for name in identity["faults"] if name in took_part],
+        seconds=sum(unit.seconds for unit in units),
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], list[Unit], int]:
+    """What is tried, the units, and where the last whole line ends."""
+    whole, newline, _torn = path.read_bytes().rpartition(b"\n")
+    header, *units = (parse_json(line) for line in whole.split(b"\n"))
+    return header["identity"], [unit_from_data(one) for one in units], len(whole) + len(newline)

@@ -3,7 +3,9 @@
     python -m harness.report.keep REPORT DIRECTORY [--no-details]
 
 `evidence.json`, one case a line, and `report.md`. Where the run worked and reported is left out of
-the command; with `--no-details`, what was measured of cases that passed beyond value and limit.
+the command, and so are the beginnings of other absolute paths; with `--no-details`, what was
+measured of cases that passed beyond value and limit. Of `faults` it is `faults.jsonl`, a unit a
+line, and `report.md`, judged anew.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from bridge.outputs import write_atomically
+from harness.faults.journal import FILE_NAME as UNITS
+from harness.faults.journal import read_matrix
 from harness.report.evidence import FILE_NAME, read_evidence, validate
-from harness.report.markdown import markdown
+from harness.report.markdown import markdown, matrix_markdown
 
 
 def kept(data: Mapping[str, Any], *, details: bool = True) -> dict[str, Any]:
@@ -32,6 +36,7 @@ def kept(data: Mapping[str, Any], *, details: bool = True) -> dict[str, Any]:
             place = command.index(flag)
             del command[place : place + 2]
         command = [word for word in command if not word.startswith(f"{flag}=")]
+    command = [_shortened(word) for word in command]
     cases = [dict(case) for case in data["cases"]]
     for case in cases:
         if case["status"] == "passed" and not details and "details" in case:
@@ -41,11 +46,25 @@ def kept(data: Mapping[str, Any], *, details: bool = True) -> dict[str, Any]:
     return found
 
 
+def _shortened(word: str) -> str:
+    """Of an absolute path its end: where it lay says nothing to others."""
+    flag, equals, value = word.rpartition("=")
+    path = Path(value)
+    return flag + equals + "/".join(path.parts[-2:]) if path.is_absolute() else word
+
+
 def lines(data: Mapping[str, Any]) -> str:
     """Evidence as JSON with a case a line, so that two runs can be told apart by any diff."""
     head = {name: value for name, value in data.items() if name != "cases"}
     cases = ",\n".join(json.dumps(case, separators=(",", ":")) for case in data["cases"])
     return f'{json.dumps(head, indent=1)[:-2]},\n "cases": [\n{cases}\n]}}\n'
+
+
+def units_kept(path: Path) -> str:
+    """A journal of `faults`; of what killed a fault first, which case it was."""
+    header, *units = (json.loads(line) for line in path.read_text("utf-8").splitlines())
+    units = [{**one, "first": one["first"].partition(": ")[0]} for one in units]
+    return "".join(json.dumps(one) + "\n" for one in (header, *units))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,8 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", type=Path, help="where it is kept")
     parser.add_argument("--no-details", action="store_true")
     options = parser.parse_args(arguments)
-    data = kept(read_evidence(options.report), details=not options.no_details)
     options.directory.mkdir(parents=True, exist_ok=True)
+    if (options.report / UNITS).is_file():
+        write_atomically(options.directory / UNITS, units_kept(options.report / UNITS))
+        matrix = read_matrix(options.directory / UNITS).to_dict()
+        write_atomically(options.directory / "report.md", matrix_markdown(matrix))
+        return
+    data = kept(read_evidence(options.report), details=not options.no_details)
     write_atomically(options.directory / FILE_NAME, lines(data))
     write_atomically(options.directory / "report.md", markdown(data))
 

@@ -86,6 +86,38 @@ def _matrix(data: Mapping[str, Any]) -> str:
     return f"{said}\n\n{markdown_table(['fault', *data['checks']], rows)}"
 
 
+def matrix_markdown(matrix: Mapping[str, Any]) -> str:
+    """A kill matrix by itself; what a dtype alone lets through is named."""
+    survivors, faults = matrix["survivors"], matrix["faults"]
+    verdict = f"FAILED, {plain(', '.join(survivors))} survived" if survivors else "PASSED"
+    killed = f"{len(faults) - len(survivors)} of {len(faults)} faults killed"
+    by = f"{len(matrix['checks'])} checks on {plain(', '.join(matrix['toys']))}"
+    parts = [f"# {verdict}: {killed} by {by}"]
+    for dtype, killers in matrix["killed_by_dtype"].items():
+        alive = [name for name, found in killers.items() if not found]
+        rest = f"; these survived: {plain(', '.join(alive))}" if alive else ""
+        parts.append(f"In {dtype} alone: {len(killers) - len(alive)} killed{rest}.")
+    alone = {check: names for check, names in matrix["only_killed_by"].items() if names}
+    parts += [
+        "## What only one check kills, in some dtype and on some toy",
+        markdown_table(
+            ["check", "faults"], [[check, ", ".join(names)] for check, names in alone.items()]
+        ),
+    ]
+    for dtype, killers in matrix["killed_by_dtype"].items():
+        parts += [
+            f"## Killed by, in {dtype}",
+            markdown_table(
+                ["fault", "stands for", "killed by"],
+                [
+                    [name, matrix["stands_for"][name], ", ".join(found) or "nothing"]
+                    for name, found in killers.items()
+                ],
+            ),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
 def _made_with(data: Mapping[str, Any]) -> str:
     environment, hardware = data["environment"], data["hardware"]
     versions = {"nemotron-bridge": environment["nemotron-bridge"], **environment["versions"]}

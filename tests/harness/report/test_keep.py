@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harness.faults.journal import read_matrix
 from harness.report.evidence import read_evidence
 from harness.report.keep import kept, main
 
@@ -40,12 +41,18 @@ def test_where_the_report_lay_is_left_out(make_evidence: Evidence, tmp_path: Pat
             "--workdir",
             "/somewhere",
             "--report=/somewhere",
+            "/somewhere/far/away/hf",
+            "--input=/somewhere/far/away/tokens",
+            "a/relative/path/here",
+            "https://else.where/a/b",
         ]
     )
     (tmp_path / "evidence.json").write_text(json.dumps(data), "utf-8")
     main([str(tmp_path), str(tmp_path / "deep" / "kept")])
     found = read_evidence(tmp_path / "deep" / "kept")
-    assert found == {**data, "command": ["nemotron-bridge", "parity", "--select", "x"]}
+    left = ["--select", "x", "away/hf", "--input=away/tokens"]
+    left += ["a/relative/path/here", "https://else.where/a/b"]
+    assert found == {**data, "command": ["nemotron-bridge", "parity", *left]}
     text = (tmp_path / "deep" / "kept" / "evidence.json").read_text("utf-8")
     assert sum(line.startswith('{"id":') for line in text.splitlines()) == len(data["cases"])
     assert "/somewhere" not in (tmp_path / "deep" / "kept" / "report.md").read_text("utf-8")
@@ -58,3 +65,38 @@ def test_the_evidence_kept_here_is_valid_and_passed() -> None:
     for path in files:
         assert read_evidence(path.parent)["verdict"] == "passed", path
         assert (path.parent / "report.md").is_file()
+
+
+def test_a_kill_matrix_is_kept_by_its_units(tmp_path: Path) -> None:
+    """Without the places they ran at; the report is what they say."""
+    check = {"toy": "51b", "seconds": 1.5, "seconds_by_check": {"rope": 1.5}, "looked": ["rope"]}
+    units = [
+        {**check, "fault": "rope-theta", "dtype": "float32", "killed_by": ["rope"],
+         "first": "rope/51b/tp1-pp1/float32: /somewhere/else: off"},
+        {**check, "fault": "rope-theta", "dtype": "bfloat16", "killed_by": [], "first": ""},
+    ]  # fmt: skip
+    identity = {"faults": ["rope-plain", "rope-theta"]}
+    lines = [json.dumps(one) for one in ({"identity": identity}, *units)]
+    (tmp_path / "faults.jsonl").write_text("\n".join(lines) + "\n", "utf-8")
+    main([str(tmp_path), str(tmp_path / "kept")])
+    text = (tmp_path / "kept" / "faults.jsonl").read_text("utf-8")
+    assert "/somewhere" not in text
+    assert [json.loads(line) for line in text.splitlines()] == [
+        {"identity": identity},
+        {**units[0], "first": "rope/51b/tp1-pp1/float32"},
+        units[1],
+    ]
+    report = (tmp_path / "kept" / "report.md").read_text("utf-8")
+    assert report.startswith("# PASSED: 1 of 1 faults killed by 1 checks on 51b\n")
+    assert "In bfloat16 alone: 0 killed; these survived: rope-theta.\n" in report
+
+
+def test_the_matrix_kept_here_has_no_survivor_and_every_check_is_needed() -> None:
+    """By today's rules; what bfloat16 hides, float32 shows, and the page names it."""
+    matrix = read_matrix(KEPT / "faults-te-unfused" / "faults.jsonl")
+    assert len(matrix.units) == 616
+    assert matrix.survivors == matrix.idle_checks == matrix.redundant_checks == []
+    alive = [name for name, killers in matrix.killed_in("bfloat16").items() if not killers]
+    page = (KEPT.parent / "gpus.md").read_text("utf-8")
+    assert alive
+    assert all(f"`{name}`" in page for name in alive)
