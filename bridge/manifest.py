@@ -26,6 +26,7 @@ from bridge.storage.remote import Location
 from bridge.storage.remote_ranges import open_ranges
 from bridge.storage.source import FileLayout, TensorSource
 from bridge.storage.target import MANIFEST_NAME, read_small_file
+from bridge.strict_json import parse_json
 from bridge.tiling import Box, Tile, Tiling
 
 _FORMAT_VERSION: Final = 1
@@ -137,7 +138,7 @@ def read_manifest(directory: Location) -> Manifest | None:
         return None
     raw = read_small_file(path)
     try:
-        found = json.loads(raw)
+        found = parse_json(raw)
         _refuse_altered(raw, str(found[_OWN]))
         if found["format_version"] != _FORMAT_VERSION:
             raise CheckpointError(

@@ -29,6 +29,7 @@ from bridge.errors import (
 from bridge.storage.building import DATA_NAME, Site, sync_directory
 from bridge.storage.remote import Location
 from bridge.storage.source import FileLayout
+from bridge.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def is_job(found: object) -> TypeGuard[dict[str, Any]]:
 def _read_job(path: Path) -> Mapping[str, Any] | None:
     """The job on record; None where there is none that can be gone on with."""
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return found if is_job(found) else None
@@ -219,7 +220,7 @@ def _completed(site: Site) -> set[str]:
     for notes in site.root.glob(f"{_DONE}*"):
         for line in notes.read_bytes().splitlines():
             try:
-                note = json.loads(line)
+                note = parse_json(line)
                 name, size, mtime = note["file"], note["size"], note["mtime_ns"]
                 status = (site.data / name).stat()
             except (OSError, ValueError, KeyError, TypeError):

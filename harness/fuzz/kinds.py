@@ -109,6 +109,9 @@ KINDS: Final[tuple[Kind, ...]] = (
     _kind("prompts-text", "texts/prompts.txt", m.TEXT, r.prompts("prompts.txt"), 1),
     _kind("replay", "replay/replay.json", m.JSON, r.replay, 3),
     _kind("marker", "texts/marker.json", m.JSON, r.marker, 3),
+    _kind("manifest", "megatron/nemotron_bridge.manifest.json", m.JSON, r.manifest, 1),
+    _kind("site-job", "texts/job.json", m.JSON, r.site, 2),
+    _kind("site-notes", "texts/done.jsonl", m.JSON_LINES, r.site, 2),
     _kind("flags", "texts/flags.txt", m.TEXT, r.flags, 3, seeds="seeds/flags",
           original_refused=True),
 )  # fmt: skip

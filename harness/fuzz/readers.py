@@ -5,6 +5,8 @@ Each takes the root of a world, and either returns or raises what the project ra
 
 from __future__ import annotations
 
+import hashlib
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -296,6 +298,38 @@ def marker(root: Path) -> None:
     target.fs.pipe_file(f"{target.path}/{MARKER_NAME}", data)
     with new_prefix(target, overwrite=False, staging=root, last=()):
         pass
+
+
+def manifest(root: Path) -> None:
+    """`verify --manifest`, of one whose own hash is right: a stranger can see to that."""
+    from bridge.manifest import check_manifest
+    from bridge.storage.target import MANIFEST_NAME
+
+    path = root / world.MEGATRON / MANIFEST_NAME
+    raw = path.read_bytes()
+    found = re.search(rb'"sha256_of_this_file": "([0-9a-f]{64})"', raw)
+    if found is not None:
+        unsigned = raw[: found.start(1)] + b"0" * 64 + raw[found.end(1) :]
+        digest = hashlib.sha256(unsigned).hexdigest().encode()
+        path.write_bytes(unsigned.replace(b"0" * 64, digest))
+    check_manifest(root / world.MEGATRON)
+
+
+def site(root: Path) -> None:
+    """What a killed conversion has left beside its target, as `--resume` reads it."""
+    from bridge.storage.building import building_site, site_of
+    from bridge.storage.journal import Job, open_journal
+
+    target = root / "texts" / "target"
+    place = site_of(target)
+    (place / "data").mkdir(parents=True, exist_ok=True)
+    (place / "data" / "a").write_bytes(b"12345")
+    kept = {"job.json": "job.json", "done.jsonl": "done-here-1"}
+    for file, there in kept.items():
+        (place / there).write_bytes((root / "texts" / file).read_bytes())
+    job = Job(what={"plan": "1"}, source={"b": "2"}, sizes={"a": 5}, resume=True)
+    with building_site(target, overwrite=False) as held:
+        open_journal(held, job)
 
 
 def flags(root: Path) -> None:

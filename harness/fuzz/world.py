@@ -73,17 +73,15 @@ def tiny(name: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
 
 
 def _checkpoints(root: Path) -> None:
-    from bridge.conversion import ConversionOptions
     from bridge.convert import import_checkpoint
 
-    options = ConversionOptions(verify="none")
     llama = {"num_hidden_layers": 2, "intermediate_size": 48, "num_key_value_heads": 2}
     for name, target, config in (
         (HF, MEGATRON, tiny("super-49b-v1", block_configs=_blocks())),
         (LLAMA, STACKED, tiny("nano-4b", head_dim=8, **llama)),
     ):
         _write_hf(root / name, config)
-        import_checkpoint(root / name, root / target, tensor_model_parallel_size=2, options=options)
+        import_checkpoint(root / name, root / target, tensor_model_parallel_size=2)
 
 
 def _blocks() -> list[dict[str, Any]]:

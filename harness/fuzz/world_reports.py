@@ -209,6 +209,10 @@ def _texts(directory: Path) -> None:
         (more / f"{number}.txt").write_text(flag, "utf-8")
     held = {"claim": "f" * 32, "host": "somewhere", "pid": 4321}
     (directory / "marker.json").write_text(json.dumps(held), "utf-8")
+    job = {"format_version": 1, "what": {"plan": "1"}, "source": {"b": "2"}}
+    (directory / "job.json").write_text(json.dumps(job), "utf-8")
+    note = {"file": "a", "size": 5, "mtime_ns": 1}
+    (directory / "done.jsonl").write_text(f"{json.dumps(note)}\n" * 2, "utf-8")
 
 
 def _references(root: Path) -> None:
