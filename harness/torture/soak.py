@@ -23,8 +23,10 @@ soak. 200 healthy conversions left 0.8 KiB each, which is the allocator's wander
 map that is not let go is 1 MiB, and the parsed headers of one toy are 20 KiB."""
 _SETTLING: Final = 0.25
 """The part of a soak in which caches may fill."""
-_LEAST: Final = 40
-"""Conversions without which a slope says nothing."""
+ROTATION: Final = 34
+"""Conversions until each kind has had its turn: before, caches may fill whatever the part."""
+_LEAST: Final = 120
+"""Conversions without which a slope says nothing: 60 showed 14 to 64 KiB where 200 show none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +88,8 @@ def judge(samples: Sequence[Sample], seconds: float) -> Soak:
         for number, one in enumerate(samples, start=1)
         if one.code != one.expected
     ]
-    settled = samples[int(len(samples) * _SETTLING) :]
+    start = int(len(samples) * _SETTLING)
+    settled = samples[max(start, ROTATION) if len(samples) > ROTATION else start :]
     growth = {
         name: getattr(settled[-1], name) - getattr(settled[0], name)
         for name in ("files", "threads", "temporary", "shared", "children")

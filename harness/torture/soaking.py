@@ -77,7 +77,7 @@ def _sources(root: Path) -> None:
 
 
 def _turns(root: Path) -> list[_Turn]:
-    """The rotation: both directions, every kind of target, failures, and several processes."""
+    """The rotation: both directions, kinds of target, manifests, failures, several processes."""
     hf, megatron, damaged = (str(root / name) for name in ("hf", "megatron", "damaged"))
     bits = ("--verify", "bits")
     cut = ("--tp", "2", "--pp", "2")
@@ -87,13 +87,17 @@ def _turns(root: Path) -> list[_Turn]:
               "megatron"),
         _Turn("export", ("export", "--megatron-path", megatron, "--hf-path", str(root / "back"),
                          *bits), "back"),
+        _Turn("verify --manifest of an import", ("verify", "--manifest", megatron)),
         _Turn("import, rounded", ("import", "--hf-model", hf, "--megatron-path",
                                   str(root / "rounded"), "--dtype", "float16", "--allow-overflow",
                                   *bits), "rounded"),
         _Turn("export, over another", ("export", "--megatron-path", megatron, "--hf-path",
                                        str(root / "back"), "--overwrite", *bits)),
+        _Turn("verify --manifest of an export", ("verify", "--manifest", str(root / "back"))),
         _Turn("import into a store", ("import", "--hf-model", hf, "--megatron-path", store, *bits),
               "bucket/out"),
+        _Turn("verify --manifest of a store", ("verify", "--manifest", store)),
+        _Turn("verify --manifest of none", ("verify", "--manifest", hf), code=2),
         _Turn("import of damaged weights", ("import", "--hf-model", damaged, "--megatron-path",
                                             str(root / "none"), *bits), code=2),
         _Turn("export onto what is there", ("export", "--megatron-path", megatron, "--hf-path", hf,

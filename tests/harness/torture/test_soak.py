@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness.torture.soak import RSS_LIMIT, Sample, judge, soak
+from harness.torture.soak import ROTATION, RSS_LIMIT, Sample, judge, soak
+from harness.torture.soaking import _turns
 
 STEADY = Sample(
     what="import", code=0, expected=0, rss=250 << 20, files=6, threads=1, temporary=0, shared=0,
@@ -50,6 +51,15 @@ def test_memory_that_grows_is_noticed() -> None:
     assert "memory grows by" in found.problems[0]
 
 
+def test_what_the_first_of_a_kind_leaves_is_no_growth() -> None:
+    """The last turn of the first rotation may start what stays, in a soak however short."""
+    short = samples(count=2 * ROTATION)
+    first = [replace(one, files=5, rss=0) for one in short[: ROTATION - 1]]
+    found = judge([*first, *short[ROTATION - 1 :]], 1.0)
+    assert (found.problems, found.rss_slope) == ([], None)
+    assert len(_turns(Path("x"))) == ROTATION
+
+
 @pytest.mark.parametrize("name", ["files", "threads", "temporary", "shared", "children"])
 def test_anything_that_is_left_is_noticed(name: str) -> None:
     """One more at the end than when it had settled."""
@@ -74,7 +84,7 @@ def test_a_real_soak_finds_a_descriptor_that_is_left_open(
     (tmp_path / "leaking_files.py").write_text(LEAK)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[3]}")
     (tmp_path / "soak").mkdir()
-    found, seconds = soak(tmp_path / "soak", 9, load=["leaking_files"], advance=lambda _: None)
+    found, seconds = soak(tmp_path / "soak", 12, load=["leaking_files"], advance=lambda _: None)
     verdict = judge(found, seconds)
     assert verdict.growth["files"] > 0
     assert verdict.problems == [f"{verdict.growth['files']} more files at the end"]
