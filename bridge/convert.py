@@ -185,7 +185,7 @@ def import_checkpoint(
             if crew.rank == 0:
                 record = replace(record, tensor_sha256=digests)
                 new.write_small_file(RECORD_NAME, record.to_json())
-                write_manifest(sealed, new, job)
+                write_manifest(sealed, new, job.what)
             work.refuse_changed_source(read, job)
         return work.report(tensors, plan.hf_to_mcore, digests, notes)
 
@@ -276,7 +276,7 @@ def export_checkpoint(
             sealed = work.seal(read, layouts, new)
             digests = digests or tensor_hashes(sealed.target, plan.hf_shapes)
             if crew.rank == 0:
-                write_manifest(sealed, new, job)
+                write_manifest(sealed, new, job.what)
             work.refuse_changed_source(read, job, beside=_beside(hf_model))
             notes = _exact_notes(asked, dtype) + notes
             if record is not None and record.iteration == source.iteration and dtype is None:

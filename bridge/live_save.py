@@ -2,7 +2,7 @@
 
 Towards Hugging Face rank 0 writes what `bridge.live_export` streams. Towards Megatron each rank
 writes its own shards, in the files an import cut for the same layout would have: the same bytes.
-Both are read back before the target appears.
+Both are read back before the target appears, and have a manifest of what they hold.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 import torch
 
 from bridge import __version__
 from bridge.crew.live import LiveCrew
+from bridge.crew.protocol import Alone
 from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, Words, dtype_named
 from bridge.errors import VerificationError
@@ -28,6 +29,7 @@ from bridge.parameters import Parameter
 from bridge.plan import Plan
 from bridge.progress import Progress, Silent
 from bridge.record import RECORD_NAME, SIDE_DIRECTORY, SourceRecord, sha256_of
+from bridge.sealing import seal_live
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.staging import as_words
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
@@ -129,6 +131,12 @@ def save_hf(
                 new.write_small_file(INDEX_NAME, index)
             for name, data in files.small.items():
                 new.write_small_file(name, data)
+            # By rank 0 alone, as it was written: the others may be where the target is not.
+            seal_live(
+                layouts, new,
+                what=_what(plan, "hf"), crew=Alone(), limits=TransferLimits(),
+                progress=progress or Silent(),
+            )  # fmt: skip
         crew.gather(None)
 
 
@@ -195,6 +203,16 @@ def save_megatron(
         with MegatronSource(new.written() / iteration_directory(iteration)) as written:
             _refuse_differences(live.differences(written, mine))
         crew.gather(None)
+        seal_live(
+            checkpoint.files, new,
+            what=_what(plan, "megatron"), crew=crew, limits=limits, progress=progress or Silent(),
+        )  # fmt: skip
+        crew.gather(None)
+
+
+def _what(plan: Plan, target: Literal["hf", "megatron"]) -> dict[str, str]:
+    """For the manifest, in the words of a conversion's."""
+    return {"version of nemotron-bridge": __version__, "plan": plan.digest(), "saved": target}
 
 
 def _write_record(

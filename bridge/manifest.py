@@ -313,7 +313,7 @@ def check_manifest(
     """Hold every byte of a directory against the manifest in it.
 
     Args:
-        directory: A checkpoint that `import` or `export` has written.
+        directory: A checkpoint that `import`, `export` or `AutoBridge` has written.
         limits: Memory and threads.
         progress: Who watches.
 

@@ -167,13 +167,37 @@ def seal(
     )
 
 
+def seal_live(
+    layouts: Sequence[FileLayout],
+    new: NewCheckpoint,
+    *,
+    what: Mapping[str, str],
+    crew: Crew,
+    limits: TransferLimits,
+    progress: Progress,
+) -> None:
+    """Hash what a live model was written to, each process its share, and write the manifest.
+
+    It names no files that were read, and is the last of the small files to be written.
+    """
+    entries = {layout.path: entry_of(layout) for layout in layouts}
+    sizes = [entry.nbytes for entry in entries.values()]
+    mine = share_of(crew, list(entries), sizes)
+    with crew.phase(progress, "hash", sum(sizes)) as advance:
+        written = {name: entries[name] for name in mine}
+        shares = crew.gather(hash_files(new.written(), written, limits=limits, advance=advance))
+    if crew.rank == 0:
+        found = {name: entry for share in shares for name, entry in share.items()}
+        write_manifest(Sealed(target=found), new, what)
+
+
 def tensor_hashes(files: Files, names: Iterable[str]) -> dict[str, str]:
     """sha256 of tensors that files hold whole, in the order of `names`; empty without hashes."""
     found = {part.tensor: part.sha256 for entry in files.values() for part in entry.parts}
     return {name: found[name] for name in names} if found else {}
 
 
-def write_manifest(sealed: Sealed, new: NewCheckpoint, job: Job) -> None:
+def write_manifest(sealed: Sealed, new: NewCheckpoint, what: Mapping[str, str]) -> None:
     """Write the manifest, the last of the small files, on rank 0; nothing where all is unhashed.
 
     Raises:
@@ -192,7 +216,7 @@ def write_manifest(sealed: Sealed, new: NewCheckpoint, job: Job) -> None:
                 hint="suspect the disk or the memory: the target was not created",
             )
     manifest = Manifest(
-        what=job.what,
+        what=what,
         source=sealed.source,
         source_tensors=sealed.tensors,
         target={**sealed.target, **small},

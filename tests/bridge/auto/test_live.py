@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import bridge.decilm  # noqa: F401 - registers the model type
 from bridge.convert import export_checkpoint, import_checkpoint, read_spec
+from bridge.manifest import check_manifest, read_manifest
 from bridge.pipeline import plan_layout
 from bridge.storage.target import MANIFEST_NAME
 from harness.launcher import RankPool
@@ -126,13 +127,34 @@ def test_a_saved_model_is_its_source_again(
     assert all(run(pool, checkpoints, case, ranks.save, tmp_path))
     assert same_files(hf, tmp_path / "hf") == []
     weights = {path.name for path in (tmp_path / "weights").iterdir()}
-    assert weights == {path.name for path in hf.glob("model*")}
+    assert weights == {MANIFEST_NAME, *(path.name for path in hf.glob("model*"))}
     assert source_digests(hf) == source_digests(tmp_path / "weights")
     assert source_digests(hf, torch.float64) == source_digests(tmp_path / "wide")
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "wide", dtype="auto")
     assert wide.dtype == torch.float64
     export_checkpoint(tmp_path / "megatron", tmp_path / "exported")
     assert same_files(hf, tmp_path / "exported") == []
+
+
+@pytest.mark.parametrize("saved", ["hf", "weights", "megatron"])
+def test_a_saved_model_is_sealed(
+    pool: RankPool, checkpoints: dict[str, Path], saved: str, tmp_path: Path
+) -> None:
+    """Every file is in its manifest, and what is flipped later is named with its tensor."""
+    run(pool, checkpoints, "padded", ranks.save, tmp_path)
+    report = check_manifest(tmp_path / saved)
+    assert report.differences == report.not_listed == []
+    manifest = read_manifest(tmp_path / saved)
+    assert manifest is not None
+    assert manifest.source == {}
+    file, entry = max(manifest.target.items(), key=lambda one: one[1].nbytes)
+    part = entry.parts[-1]
+    raw = bytearray((tmp_path / saved / file).read_bytes())
+    raw[part.offset] ^= 1
+    (tmp_path / saved / file).write_bytes(raw)
+    (found,) = check_manifest(tmp_path / saved).differences
+    assert file in found
+    assert str(part) in found
 
 
 def test_each_rank_writes_the_very_files_of_an_import(
