@@ -6,7 +6,8 @@ from typing import Any, Final
 
 import yaml
 
-_MOST_NBYTES: Final = 4 << 20
+_MOST_NBYTES: Final = 1 << 20
+"""Over thirty times what a model of 162 blocks needs."""
 _MOST_NODES: Final = 100_000
 """Scalars, lists and mappings, each counted as often as it occurs; a run's file has hundreds."""
 
@@ -35,7 +36,7 @@ def parse_yaml(data: bytes) -> Any:  # noqa: ANN401 - YAML
     """Parse one document of UTF-8 into plain values; tags that name Python's objects are refused.
 
     Raises:
-        ValueError: Not such a document, or one of more than 4 MiB.
+        ValueError: Not such a document, or one of more than 1 MiB.
     """
     if len(data) > _MOST_NBYTES:
         raise ValueError(f"{len(data)} bytes of YAML")
