@@ -74,15 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", type=Path, help="where it is kept")
     parser.add_argument("--no-details", action="store_true")
     options = parser.parse_args(arguments)
+    units = options.report / UNITS
+    if units.is_file():
+        name, text = UNITS, units_kept(units)
+        report = matrix_markdown(read_matrix(units).to_dict())
+    else:
+        data = kept(read_evidence(options.report), details=not options.no_details)
+        name, text, report = FILE_NAME, lines(data), markdown(data)
     options.directory.mkdir(parents=True, exist_ok=True)
-    if (options.report / UNITS).is_file():
-        write_atomically(options.directory / UNITS, units_kept(options.report / UNITS))
-        matrix = read_matrix(options.directory / UNITS).to_dict()
-        write_atomically(options.directory / "report.md", matrix_markdown(matrix))
-        return
-    data = kept(read_evidence(options.report), details=not options.no_details)
-    write_atomically(options.directory / FILE_NAME, lines(data))
-    write_atomically(options.directory / "report.md", markdown(data))
+    write_atomically(options.directory / name, text)
+    write_atomically(options.directory / "report.md", report)
 
 
 if __name__ == "__main__":

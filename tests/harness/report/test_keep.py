@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from harness.errors import EvidenceError
 from harness.faults.journal import read_matrix
 from harness.report.evidence import read_evidence
 from harness.report.keep import kept, main
@@ -65,6 +68,15 @@ def test_the_evidence_kept_here_is_valid_and_passed() -> None:
     for path in files:
         assert read_evidence(path.parent)["verdict"] == "passed", path
         assert (path.parent / "report.md").is_file()
+
+
+@pytest.mark.parametrize("name", ["evidence.json", "faults.jsonl"])
+def test_what_cannot_be_read_leaves_no_directory(tmp_path: Path, name: str) -> None:
+    """Nothing is begun that cannot be ended."""
+    (tmp_path / name).write_text("{", "utf-8")
+    with pytest.raises((EvidenceError, ValueError)):
+        main([str(tmp_path), str(tmp_path / "kept")])
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_kill_matrix_is_kept_by_its_units(tmp_path: Path) -> None:
