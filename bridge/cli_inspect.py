@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -13,6 +14,7 @@ from bridge.cli_options import (
     CarryField,
     Json,
     Model,
+    Overwrite,
     PpSize,
     Revision,
     TpSize,
@@ -60,6 +62,7 @@ def inspect(
         bool, typer.Option("--blocks", help="Show every block, not only the kinds.")
     ] = False,
     draw: options.Draw = None,
+    overwrite: Overwrite = False,
     purpose: options.PurposeName = "inference",
     sequence_length: options.SequenceLength = _SEQUENCE_LENGTH,
     micro_batch_size: options.MicroBatchSize = 1,
@@ -84,7 +87,7 @@ def inspect(
     from bridge.convert import read_spec
     from bridge.describe import describe
     from bridge.drawing.architecture import architecture
-    from bridge.drawing.files import check_picture, write_picture
+    from bridge.drawing.files import write_picture
     from bridge.hf_config import load_hf_config
     from bridge.hub import resolve_model
     from bridge.layout_search import Machine, suggest_layouts
@@ -120,8 +123,7 @@ def inspect(
             "replicas, the distributed optimizer and recomputation are of training",
             hint="add --purpose training",
         )
-    if draw is not None:
-        check_picture(draw)
+    _check_picture(draw, overwrite=overwrite)
     path = resolve_model(model, weights=False, revision=revision)
     spec = read_spec(path, carry=carry or ())
     limit = spec.max_position_embeddings
@@ -154,7 +156,7 @@ def inspect(
         )
     picture = architecture(spec, layout, name=_short_name(model))
     if draw is not None:
-        write_picture(picture, draw)
+        write_picture(picture, draw, overwrite=overwrite)
     if machine is not None:
         found = suggestions_as_data(suggestions, machine, dtype=dtype)
         if json_:
@@ -171,6 +173,18 @@ def inspect(
         print_json(found)
     else:
         print_description(model, found, picture, all_blocks=all_blocks)
+
+
+def _check_picture(path: Path | None, *, overwrite: bool) -> None:
+    """Refuse a picture that could not be written, and a flag for one that is not asked for."""
+    from bridge.drawing.files import check_picture
+
+    if path is not None:
+        check_picture(path, overwrite=overwrite)
+    elif overwrite:
+        raise UsageError(
+            "--overwrite is for the picture, and none is drawn", hint="give --draw FILE.svg"
+        )
 
 
 def _memory(text: str) -> int:
@@ -216,6 +230,13 @@ def plan(
         with SafetensorsSource(path) as source:
             account_for(plan.hf_shapes, source.tensors, where=str(path))
     tiles = sum(len(tiling.tiles) for tiling in plan.hf_to_mcore.values())
+    lines = [line for line in plan.lines() if _matches(line, tensor)]
+    if not lines:
+        raise UsageError(
+            "no Megatron parameter matches the pattern",
+            where=f"--tensor {tensor}",
+            hint="without it all are shown; * stands for anything, as in *.linear_qkv.weight",
+        )
     if json_:
         print_json(
             {
@@ -225,13 +246,12 @@ def plan(
                 "num_tiles": tiles,
                 "plan_sha256": plan.digest(),
                 "weights_accounted_for": accounted,
-                "tiles": [line for line in plan.lines() if _matches(line, tensor)],
+                "tiles": lines,
             }
         )
         return
-    for line in plan.lines():
-        if _matches(line, tensor):
-            typer.echo(line)
+    for line in lines:
+        typer.echo(line)
     checked = "weights accounted for" if accounted else "no weights there to account for"
     typer.echo(
         f"{len(plan.hf_shapes)} HF tensors, {len(plan.mcore_shapes)} Megatron parameters, "

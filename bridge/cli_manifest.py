@@ -36,7 +36,7 @@ def check(directory: str, *, alone: bool, json_: bool) -> None:
         UsageError: BR001, something else was asked for as well.
         VerificationError: BR305, naming files and tensors that are not what they were.
     """
-    from bridge.manifest import check_manifest
+    from bridge.manifest_check import check_manifest
 
     if not alone:
         raise UsageError(

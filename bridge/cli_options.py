@@ -90,7 +90,8 @@ Resume = Annotated[
     typer.Option(
         "--resume",
         help="Go on with what a killed or failed attempt has left beside the target; from the "
-        "start where there is nothing. Nothing to do where the target is complete.",
+        "start where there is nothing. Nothing to do where the target is complete: by its hashes, "
+        "or where none were taken by a mark, if the file system keeps extended attributes.",
     ),
 ]
 Staging = Annotated[

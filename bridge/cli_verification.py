@@ -86,7 +86,7 @@ def finish(
         Exit: With the command's exit code, where that finds a difference, or crashes.
         EnvironmentMissingError: BR500, `--verify full` without the harness.
     """
-    from bridge.conversion import peak_rss
+    from bridge.conversion_job import peak_rss
 
     document = report.to_dict()
     if not json_:

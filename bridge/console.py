@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Final, TextIO
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any, Final, TextIO, cast
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.progress import (
@@ -92,47 +94,65 @@ def stdout(*, stderr: bool = False) -> Console:
     return console
 
 
-class Results:
-    """Stdout while a command runs: what it does not take is an error, and told as one.
+class _Stream:
+    """A stream of this process whose reader may go: what it would have read is dropped then.
 
-    A pipe whose reader has gone is none: typer ends the command then, without a word.
-
-    Args:
-        stdout: Where results go.
+    The command goes on, so that what it writes elsewhere and its exit code are what they would have
+    been: `| head` makes no verdict of ours.
     """
 
-    def __init__(self, stdout: TextIO) -> None:
-        self._stdout = stdout
-        self._error: OSError | None = None
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever else a stream has
-        return getattr(self._stdout, name)
+        return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, as any stream does.
-
-        Raises:
-            EnvironmentMissingError: BR500, it cannot be written, now or before.
-        """
+        """Write, as any stream does."""
         with self._told():
-            return self._stdout.write(text)
+            self._stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        """Flush, as any stream does; errors are those of `write`."""
+        """Flush, as any stream does."""
         with self._told():
-            self._stdout.flush()
+            self._stream.flush()
 
-    def end(self) -> None:
-        """See that all of it has been taken; errors are those of `write`.
-
-        Raises:
-            SystemExit: The reader has gone, and it is too late for typer to end the command.
-        """
+    @contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            self.flush()
+            yield
         except BrokenPipeError:
-            self._give_up()
-            raise SystemExit(1) from None
+            self._drop()
+
+    def _drop(self) -> None:
+        """Have the rest go nowhere, what is buffered and what libraries print, too."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+class Diagnostics(_Stream):
+    """Stderr while a command runs: nobody could be told that it does not take something."""
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._drop()
+
+
+class Results(_Stream):
+    """Stdout while a command runs: what it does not take is an error, and told as one.
+
+    Raises:
+        EnvironmentMissingError: BR500, from every method: it cannot be written, now or before.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._error: OSError | None = None
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -141,20 +161,46 @@ class Results:
                 raise self._error
             yield
         except BrokenPipeError:
-            raise
+            self._drop()
         except OSError as error:
             self._error = error
-            self._give_up()
+            with suppress(OSError):  # else the interpreter tries again as it ends, and says so
+                self._stream.close()
             raise EnvironmentMissingError(
                 f"results cannot be written: {error.strerror}",
                 where="stdout",
                 hint="make room or let them go elsewhere, and run the command again",
             ) from None
 
-    def _give_up(self) -> None:
-        """Otherwise the interpreter tries once more as it ends, and says so."""
-        with suppress(OSError):
-            self._stdout.close()
+
+@contextmanager
+def results_taken() -> Iterator[None]:
+    """Run a command, and see that its results have gone where stdout goes.
+
+    Raises:
+        EnvironmentMissingError: BR500, they have not.
+    """
+    if sys.stdout is None:  # then the next file to be opened would be what libraries print to
+        raise EnvironmentMissingError(
+            "stdout is closed, and results would be lost", hint="`>/dev/null` discards them"
+        )
+    results = Results(sys.stdout)
+    with redirect_stdout(cast("TextIO", results)):
+        try:
+            yield
+        except SystemExit:
+            results.flush()
+            raise
+        results.flush()
+
+
+@contextmanager
+def diagnostics_taken() -> Iterator[None]:
+    """Run a command whatever becomes of stderr, which may be closed."""
+    with ExitStack() as stack:
+        stderr = sys.stderr or stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        stack.enter_context(redirect_stderr(cast("TextIO", Diagnostics(stderr))))
+        yield
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

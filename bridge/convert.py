@@ -8,37 +8,37 @@ and only then let the target appear.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
 from bridge import __version__
 from bridge.agreement import described_model
 from bridge.casting import (
-    Loss,
     dtype_to_round_to,
     files_in,
     main_dtype,
-    rounding_note,
     tensors_in,
 )
 from bridge.consumers import consumer_notes
-from bridge.conversion import DONE_ALREADY, ConversionJob, ConversionOptions, ConversionReport
+from bridge.conversion import ConversionOptions, ConversionReport
+from bridge.conversion_job import ConversionJob
+from bridge.conversion_notes import check_unchanged, exact_notes, import_notes, vocabulary_notes
 from bridge.crew.agreement import agree_on_conversion
 from bridge.crew.protocol import Alone, Crew
 from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, dtype_named
-from bridge.errors import ConfigError, CorruptFileError, VerificationError, named_refusals
+from bridge.errors import named_refusals
 from bridge.hf_config import (
     CONFIG_NAME,
     config_file,
     load_hf_config,
     spec_from_hf_config,
 )
-from bridge.megatron_args import checkpoint_args, megatron_lm_flags
+from bridge.megatron_args import checkpoint_args
 from bridge.megatron_bridge import megatron_bridge_files
 from bridge.pipeline import plan_layout
-from bridge.plan import Plan, account_for, fold_layers
+from bridge.plan import Plan, account_for
 from bridge.record import (
     RECORD_NAME,
     SIDE_DIRECTORY,
@@ -46,7 +46,7 @@ from bridge.record import (
     read_record,
     sha256_of,
 )
-from bridge.sealing import hf_side, megatron_side, tensor_hashes, write_manifest
+from bridge.sealing import done_notes, hf_side, megatron_side, tensor_hashes, write_manifest
 from bridge.side_files import carry, refuse_changed_config, write_side_files
 from bridge.spec import ModelSpec
 from bridge.storage.input_files import obeys_follow_links
@@ -66,6 +66,8 @@ from bridge.storage.torch_dist_write import iteration_directory
 
 DEFAULT_MAX_SHARD_SIZE: Final = 5_000_000_000
 _IMPORTED_ITERATION: Final = 0
+_HF_MODEL: Final = "--hf-model: "
+"""Before names of files there, wherever that is."""
 
 
 @named_refusals()
@@ -148,12 +150,16 @@ def import_checkpoint(
         names, left = side_files(hf)
         read = hf_side(source, names)
         left = [name for name in left if name not in source.headers and name != INDEX_NAME]
-        notes = _exact_notes(asked, dtype) + _import_notes(stored)
+        notes = exact_notes(asked, dtype) + import_notes(stored)
         notes += [f"not carried: {name}" for name in left]
-        job = work.job(read, files.files, small=record.to_json())
+        job = work.job(
+            read,
+            files.files,
+            small=[record.to_json(), str(asked).encode(), *files.small_files.values()],
+        )
         if done := work.done_already(read, job):
             digests = tensor_hashes(done.source, plan.hf_shapes)
-            return work.report(tensors, plan.hf_to_mcore, digests, [*DONE_ALREADY, *notes])
+            return work.report(tensors, plan.hf_to_mcore, digests, [*done_notes(done), *notes])
         with shared_checkpoint(
             megatron,
             overwrite=options.overwrite,
@@ -177,10 +183,11 @@ def import_checkpoint(
             crew.gather(None)  # the checkpoint can be opened now
             # The tracker that names the iteration may not be there yet.
             directory = new.written() / iteration_directory(_IMPORTED_ITERATION)
+            sealed = work.seal(read, files.files, new)  # what is hashed is compared afterwards
             with MegatronSource(directory) as written:
-                digests = work.verify(source, written)
+                with work.blaming_the_source(read, job):
+                    digests = work.verify(source, written)
                 work.verify_padding(written)
-            sealed = work.seal(read, files.files, new)
             digests = digests or tensor_hashes(sealed.source, plan.hf_shapes)
             if crew.rank == 0:
                 record = replace(record, tensor_sha256=digests)
@@ -234,7 +241,7 @@ def export_checkpoint(
         refuse_changed_config(record, source.root / SIDE_DIRECTORY)
         spec, side_source, notes = _export_spec(source, hf_model, options.carry)
         plan = Plan.of_checkpoint(spec, source.tensors)
-        notes += _vocabulary_notes(source, plan)
+        notes += vocabulary_notes(source, plan)
         account_for(plan.mcore_shapes, source.tensors, where=str(megatron))
         dtype = dtype_to_round_to(options.dtype, source.tensors, exact=options.exact)
         asked = dtype_named(options.dtype) if options.dtype is not None else None
@@ -247,11 +254,13 @@ def export_checkpoint(
         layouts, index = _hf_layouts(tensors, record, max_shard_size, dtype, str(source.root))
         work = ConversionJob("mcore_to_hf", megatron, hf, plan, options, crew, dtype)
         agree_on_conversion(work, layouts, (source.iteration, dict(source.tensors), record))
-        read = megatron_side(source)
-        job = work.job(read, layouts, small=repr(index).encode(), beside=_beside(hf_model))
+        read = megatron_side(source, carried=hf_model is None)
+        small = [repr(index).encode(), str(asked).encode(), repr(tuple(options.carry)).encode()]
+        beside = _beside(hf_model)
+        job = work.job(read, layouts, small=small, beside=beside, also=_hashes(hf_model, beside))
         if done := work.done_already(read, job):
             digests = tensor_hashes(done.target, plan.hf_shapes)
-            return work.report(stored, plan.mcore_to_hf, digests, [*DONE_ALREADY, *notes])
+            return work.report(stored, plan.mcore_to_hf, digests, [*done_notes(done), *notes])
         with shared_checkpoint(
             hf,
             overwrite=options.overwrite,
@@ -271,16 +280,19 @@ def export_checkpoint(
                 notes += consumer_notes(spec, json.loads(config))
             crew.gather(None)  # the checkpoint can be opened now
             names = [layout.path for layout in layouts]
-            with SafetensorsSource(new.written(), files=names) as written:
+            sealed = work.seal(read, layouts, new)  # what is hashed is compared afterwards
+            with (
+                SafetensorsSource(new.written(), files=names) as written,
+                work.blaming_the_source(read, job, beside=lambda: _beside(hf_model)),
+            ):
                 digests = work.verify(written, source)
-            sealed = work.seal(read, layouts, new)
             digests = digests or tensor_hashes(sealed.target, plan.hf_shapes)
             if crew.rank == 0:
                 write_manifest(sealed, new, job.what)
             work.refuse_changed_source(read, job, beside=_beside(hf_model))
-            notes = _exact_notes(asked, dtype) + notes
+            notes = exact_notes(asked, dtype) + notes
             if record is not None and record.iteration == source.iteration and dtype is None:
-                notes += _check_unchanged(record, digests)
+                notes += check_unchanged(record, digests)
         return work.report(stored, plan.mcore_to_hf, digests, notes)
 
 
@@ -292,67 +304,20 @@ def _beside(hf_model: Location | None) -> dict[str, str]:
         found = fingerprint(hf_model, side_files(hf_model)[0])
     else:
         found = fingerprint(hf_model.parent, [hf_model.name])
-    return {f"{hf_model.name}/{name}": mark for name, mark in found.items()}
+    return {f"{_HF_MODEL}{name}": mark for name, mark in found.items()}
+
+
+def _hashes(hf_model: Location | None, names: Iterable[str]) -> dict[str, str]:
+    """sha256 of the same files, which are in no manifest's directory."""
+    if hf_model is None:
+        return {}
+    root = hf_model if hf_model.is_dir() else hf_model.parent
+    return {name: sha256_of(read_small_file(root / name.removeprefix(_HF_MODEL))) for name in names}
 
 
 def read_spec(model: Location, *, carry: Collection[str] = ()) -> ModelSpec:
     """The model described by a checkpoint directory's, or a bare, `config.json`."""
     return spec_from_hf_config(load_hf_config(model), where=str(config_file(model)), carry=carry)
-
-
-def _import_notes(spec: ModelSpec) -> list[str]:
-    try:
-        flags = " ".join(megatron_lm_flags(spec))
-    except ConfigError as error:
-        return [f"{error.message}. {error.hint}"]
-    return [
-        "Megatron-LM: --load P --ckpt-format torch_dist --use-checkpoint-args --finetune " + flags
-    ]
-
-
-def _exact_notes(asked: Dtype | None, dtype: Dtype | None) -> list[str]:
-    """Of a dtype that was asked for and that all weights have already."""
-    return [rounding_note(Loss(), asked, 0)] if asked is not None and dtype is None else []
-
-
-def _vocabulary_notes(source: MegatronSource, plan: Plan) -> list[str]:
-    """Rows that are taken for padding by the configuration's word alone."""
-    padded, size = plan.padded_vocab_size, plan.spec.vocab_size
-    if padded == size or (source.args or {}).get("vocab_size") is not None:
-        return []
-    note = (
-        f"vocab_size {size} is the configuration's, the checkpoint does not say it: the last "
-        f"{padded - size} of {padded} rows were dropped as padding"
-    )
-    return [note]
-
-
-def _check_unchanged(record: SourceRecord, digests: Mapping[str, str]) -> list[str]:
-    """Hold what was exported against what was imported, tensor by tensor, by its hash."""
-    if not digests:
-        return []
-    if not record.tensor_sha256:
-        note = (
-            f"{RECORD_NAME} holds no hashes, as of a live model or with --verify none: nothing "
-            "tells whether these tensors are those that were imported"
-        )
-        return [note]
-    if lacking := [name for name in digests if name not in record.tensor_sha256]:
-        raise CorruptFileError(
-            f"the record of the import lacks the hashes of {len(lacking)} of {len(digests)} "
-            "tensors",
-            where=fold_layers(lacking),
-            hint="restore it, or export with --hf-model, which compares with no import",
-        )
-    changed = [name for name, digest in digests.items() if record.tensor_sha256.get(name) != digest]
-    if changed:
-        raise VerificationError(
-            f"{len(changed)} of {len(digests)} tensors are not those that were imported",
-            where=fold_layers(changed),
-            hint="the checkpoint was damaged or changed since its import; to export it as it is, "
-            "pass --hf-model",
-        )
-    return [f"all {len(digests)} tensors have the hashes of the imported checkpoint"]
 
 
 def _export_spec(

@@ -6,8 +6,9 @@ numpy handles bfloat16 and float8 as unsigned integers and nothing is ever round
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Never
 
 import numpy as np
 
@@ -33,6 +34,14 @@ class Dtype:
     def __str__(self) -> str:
         """Torch's name."""
         return self.name
+
+    def __reduce__(self) -> tuple[Callable[[str], Dtype], tuple[str]]:
+        """For pickles of ours: there are these dtypes and no others."""
+        return dtype_named, (self.name,)
+
+    def __setstate__(self, state: object) -> Never:
+        """No pickle of others makes another of one of them."""
+        raise ValueError(f"a state for {self.name}: {state!r:.99}")
 
     @property
     def word(self) -> np.dtype[Any]:

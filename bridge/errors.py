@@ -32,6 +32,8 @@ class BridgeError(Exception):
 
     code: ClassVar[str] = "BR000"
     exit_code: ClassVar[int] = 2
+    is_said = False
+    """Whether it is on stderr already, for a process that may be ended before it gets there."""
 
     def __init__(
         self, message: str, *, where: str | Sequence[str] = (), hint: str | None = None

@@ -56,6 +56,8 @@ FIXED: Final[Mapping[str, tuple[object, ...]]] = {
     "chunk_size_feed_forward": (0, None),
 }
 
+_MAX_LABELS: Final = 100_000
+
 CARRIED: Final = frozenset(
     {
         "_name_or_path", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id",
@@ -123,6 +125,35 @@ def check_fates(config: Mapping[str, Any], carry: Collection[str], findings: Fin
                 findings.inconsistent.append(f"layer_types has {len(kinds)} entries")
         elif name not in MAPPED and name not in CARRIED and name not in carry:
             findings.unmapped.append(name)
+    _check_carried(config, findings)
+
+
+def _check_carried(config: Mapping[str, Any], findings: Findings) -> None:
+    """Of the fields that are carried, see to those that transformers builds something of."""
+
+    def wrong(name: str, what: str) -> None:
+        findings.inconsistent.append(f"{name}={config[name]!r:.99} {what}")
+
+    labels = config.get("num_labels")
+    if labels is not None and (type(labels) is not int or not 0 <= labels <= _MAX_LABELS):
+        wrong("num_labels", f"must be at most {_MAX_LABELS}")
+    for name in ("id2label", "label2id", "auto_map", "task_specific_params"):
+        value = config.get(name)
+        if value is not None and not isinstance(value, dict):
+            wrong(name, "must be an object")
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, dict) and not all(map(_is_class_name, auto_map.values())):
+        wrong("auto_map", "must name classes")
+    padding, size = config.get("pad_token_id"), config.get("vocab_size")
+    is_token = type(size) is not int or (type(padding) is int and -size <= padding < size)
+    if padding is not None and not is_token:
+        wrong("pad_token_id", "must be a token id")
+
+
+def _is_class_name(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and all(one is None or isinstance(one, str) for one in value)
+    )
 
 
 def same_value(value: object, allowed: object) -> bool:

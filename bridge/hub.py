@@ -6,7 +6,6 @@ import atexit
 import errno
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from bridge.errors import CheckpointError, EnvironmentMissingError, UsageError
+from bridge.scratch import held_directory
 from bridge.storage.remote import (
     Location,
     RemotePath,
@@ -209,8 +209,8 @@ def local_copy(location: Location, *, without: Sequence[str] = ()) -> Iterator[P
     if isinstance(location, Path):
         yield location
         return
-    with tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as directory:
-        yield _download(location, Path(directory), without)
+    with held_directory() as directory:
+        yield _download(location, directory, without)
 
 
 def _download(location: RemotePath, directory: Path, without: Sequence[str]) -> Path:

@@ -29,7 +29,7 @@ from bridge.parameters import Parameter
 from bridge.plan import Plan
 from bridge.progress import Progress, Silent
 from bridge.record import RECORD_NAME, SIDE_DIRECTORY, SourceRecord, sha256_of
-from bridge.sealing import seal_live
+from bridge.sealing import seal, write_manifest
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.staging import as_words
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
@@ -126,17 +126,17 @@ def save_hf(
             ):  # fmt: skip
                 written.write(name, weight)
         if crew.rank == 0:
+            # By rank 0 alone, as it was written: the others may be where the target is not.
+            sealed = seal(
+                None, layouts, new,
+                crew=Alone(), limits=TransferLimits(), progress=progress or Silent(),
+            )  # fmt: skip
             _refuse_differences(written.differences(place))
             if index is not None:
                 new.write_small_file(INDEX_NAME, index)
             for name, data in files.small.items():
                 new.write_small_file(name, data)
-            # By rank 0 alone, as it was written: the others may be where the target is not.
-            seal_live(
-                layouts, new,
-                what=_what(plan, "hf"), crew=Alone(), limits=TransferLimits(),
-                progress=progress or Silent(),
-            )  # fmt: skip
+            write_manifest(sealed, new, _what(plan, "hf"))
         crew.gather(None)
 
 
@@ -200,13 +200,15 @@ def save_megatron(
                 new.write_small_file(name, data)
             _write_record(new, plan, files, hf_model_id, iteration)
         crew.gather(None)  # the checkpoint can be opened now
+        sealed = seal(
+            None, checkpoint.files, new,
+            crew=crew, limits=limits, progress=progress or Silent(),
+        )  # fmt: skip
         with MegatronSource(new.written() / iteration_directory(iteration)) as written:
             _refuse_differences(live.differences(written, mine))
         crew.gather(None)
-        seal_live(
-            checkpoint.files, new,
-            what=_what(plan, "megatron"), crew=crew, limits=limits, progress=progress or Silent(),
-        )  # fmt: skip
+        if crew.rank == 0:
+            write_manifest(sealed, new, _what(plan, "megatron"))
         crew.gather(None)
 
 

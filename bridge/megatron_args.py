@@ -19,6 +19,7 @@ from bridge.megatron_config import (
     pipeline_model_parallel_layout,
 )
 from bridge.spec import (
+    MAX_LAYERS,
     BlockSpec,
     GroupedQueryAttention,
     Llama3Scaling,
@@ -182,6 +183,8 @@ def spec_from_checkpoint_args(
             findings.unsupported.append(f"{name}={args[name]!r}")
     hidden, heads = reader.count("hidden_size"), reader.count("num_attention_heads")
     num_layers = reader.count("num_layers")
+    if num_layers > MAX_LAYERS:  # before there is a tuple of so many
+        findings.inconsistent.append(f"num_layers={num_layers} is beyond any model")
     kv_channels = reader.count("kv_channels")
     max_position_embeddings = reader.count("max_position_embeddings")
     layernorm_epsilon = reader.number("norm_epsilon")

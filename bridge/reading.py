@@ -26,7 +26,7 @@ SEGMENT_NBYTES: Final = 64 << 20
 """Of what one thread does at a time, as long as there is so much."""
 _MAX_BAND: Final = 16 << 20  # bytes; larger bands only leave the processor's caches
 _MIN_BAND: Final = 64 << 10
-_MAX_WINDOW: Final = 4 << 20  # bytes; copied, then read again, by each thread: in the caches still
+_MAX_WINDOW: Final = 4 << 20  # bytes; read, then looked at, by each thread: in the caches still
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -126,11 +126,19 @@ def _parse(found: Mapping[str, Any]) -> SourceRecord:
         headers={
             str(file): base64.b64decode(raw, validate=True) for file, raw in found["shards"].items()
         },
-        index=None if found["index"] is None else base64.b64decode(found["index"]),
+        index=None if found["index"] is None else _index(found["index"], set(found["shards"])),
         tensor_sha256=dict(found["tensor_sha256"]),
         side_file_sha256=dict(found["side_file_sha256"]),
         hf_model_id=None if found.get("hf_model_id") is None else str(found["hf_model_id"]),
     )
+
+
+def _index(encoded: str, shards: set[str]) -> bytes:
+    """The source's index; it becomes the export's, byte for byte."""
+    raw = base64.b64decode(encoded, validate=True)
+    if set(parse_json(raw)["weight_map"].values()) != shards:
+        raise ValueError("the index is of other shards")
+    return raw
 
 
 def sha256_of(data: bytes) -> str:

@@ -4,30 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from bridge.crew.protocol import Crew
 from bridge.crew.sharing import share_of
 from bridge.errors import BridgeError, ResumeError, VerificationError
-from bridge.manifest import (
-    FileEntry,
-    Files,
-    Manifest,
-    Part,
-    differences,
-    entry_of,
-    hash_files,
-    hash_tensors,
-    read_manifest,
-)
+from bridge.hashing import differences, hash_files, hash_tensors
+from bridge.manifest import FileEntry, Files, Manifest, Part, entry_of, read_manifest
+from bridge.manifest_check import come_since
 from bridge.progress import Progress
 from bridge.reading import TransferLimits
 from bridge.record import RECORD_NAME, SIDE_DIRECTORY, sha256_of
-from bridge.storage.building import building_site, sync_directory
-from bridge.storage.journal import Job
+from bridge.storage.journal import Job, changed, clear_up, is_complete
 from bridge.storage.megatron import MegatronSource
-from bridge.storage.new_checkpoint import NewCheckpoint
+from bridge.storage.new_checkpoint import NewCheckpoint, NewDirectory
 from bridge.storage.remote import Location, RemotePath
 from bridge.storage.remote_target import MARKER_NAME
 from bridge.storage.safetensors import INDEX_NAME, SafetensorsSource
@@ -90,15 +81,17 @@ def hf_side(source: SafetensorsSource, side_files: Iterable[str]) -> ReadSide:
     return ReadSide(root=source.directory, files={**small, **files}, source=source)
 
 
-def megatron_side(source: MegatronSource) -> ReadSide:
+def megatron_side(source: MegatronSource, *, carried: bool = True) -> ReadSide:
     """What an export reads: the model's tensors, and the files of the iteration.
+
+    With `carried` what an import has laid beside them is read, too.
 
     Where the files hold an optimizer's state as well, which is far bigger than the model and is not
     read, they are watched and not hashed.
     """
     weights = [f"{source.directory.name}/{name}" for name in _below(source.directory)]
-    carried = [f"{SIDE_DIRECTORY}/{name}" for name in _below(source.root / SIDE_DIRECTORY)]
-    small = [TRACKER_NAME, RECORD_NAME, *carried]
+    beside = [f"{SIDE_DIRECTORY}/{name}" for name in _below(source.root / SIDE_DIRECTORY)]
+    small = [TRACKER_NAME, *([RECORD_NAME, *beside] if carried else [])]
     hashed = small if source.ignored else [*small, *weights]
     return ReadSide(
         root=source.root,
@@ -126,7 +119,7 @@ def _sizes(root: Location, names: Iterable[str]) -> dict[str, FileEntry]:
 
 
 def seal(
-    source: ReadSide,
+    source: ReadSide | None,
     layouts: Sequence[FileLayout],
     new: NewCheckpoint,
     *,
@@ -136,12 +129,16 @@ def seal(
 ) -> Sealed:
     """Hash what was read and what was written, as it can be read now; each process its share.
 
-    Of `new` only the files laid out: `write_manifest` adds the small ones.
+    Of `new` only the files laid out: `write_manifest` adds the small ones. What a live model was
+    written to has no source.
     """
     target = {layout.path: entry_of(layout) for layout in layouts}
-    tensors = {name: source.source.tensors[name].nbytes for name in source.tensors}
+    files = source.files if source is not None else {}
+    tensors: dict[str, int] = {}
+    if source is not None:
+        tensors = {name: source.source.tensors[name].nbytes for name in source.tensors}
     work = [
-        *(("source", name, entry.nbytes) for name, entry in source.files.items()),
+        *(("source", name, entry.nbytes) for name, entry in files.items()),
         *(("target", name, entry.nbytes) for name, entry in target.items()),
         *(("tensor", name, nbytes) for name, nbytes in tensors.items()),
     ]
@@ -152,12 +149,16 @@ def seal(
         return [name for one, name, _ in mine if one == kind]
 
     with crew.phase(progress, "hash", sum(sizes)) as advance:
-        read = {name: source.files[name] for name in of("source")}
+        found = Sealed()
+        if source is not None:
+            read = {name: files[name] for name in of("source")}
+            found = Sealed(
+                source=hash_files(source.root, read, limits=limits, advance=advance),
+                tensors=hash_tensors(source.source, of("tensor"), limits=limits, advance=advance),
+            )
         written = {name: target[name] for name in of("target")}
-        found = Sealed(
-            source=hash_files(source.root, read, limits=limits, advance=advance),
-            target=hash_files(new.written(), written, limits=limits, advance=advance),
-            tensors=hash_tensors(source.source, of("tensor"), limits=limits, advance=advance),
+        found = replace(
+            found, target=hash_files(new.written(), written, limits=limits, advance=advance)
         )
         shares = crew.gather(found)
     return Sealed(
@@ -165,30 +166,6 @@ def seal(
         target={name: one for share in shares for name, one in share.target.items()},
         tensors={name: one for share in shares for name, one in share.tensors.items()},
     )
-
-
-def seal_live(
-    layouts: Sequence[FileLayout],
-    new: NewCheckpoint,
-    *,
-    what: Mapping[str, str],
-    crew: Crew,
-    limits: TransferLimits,
-    progress: Progress,
-) -> None:
-    """Hash what a live model was written to, each process its share, and write the manifest.
-
-    It names no files that were read, and is the last of the small files to be written.
-    """
-    entries = {layout.path: entry_of(layout) for layout in layouts}
-    sizes = [entry.nbytes for entry in entries.values()]
-    mine = share_of(crew, list(entries), sizes)
-    with crew.phase(progress, "hash", sum(sizes)) as advance:
-        written = {name: entries[name] for name in mine}
-        shares = crew.gather(hash_files(new.written(), written, limits=limits, advance=advance))
-    if crew.rank == 0:
-        found = {name: entry for share in shares for name, entry in share.items()}
-        write_manifest(Sealed(target=found), new, what)
 
 
 def tensor_hashes(files: Files, names: Iterable[str]) -> dict[str, str]:
@@ -208,31 +185,56 @@ def write_manifest(sealed: Sealed, new: NewCheckpoint, what: Mapping[str, str]) 
     small = {}
     for name, data in new.small.items():
         small[name] = FileEntry(nbytes=len(data), sha256=sha256_of(data))
-        path = new.written() / name
-        if path.is_file() and read_small_file(path) != data:  # behind a URL some come last
-            raise VerificationError(
-                "a file differs after reading it back",
-                where=name,
-                hint="suspect the disk or the memory: the target was not created",
-            )
+        _refuse_other_bytes(new, name, data)
     manifest = Manifest(
         what=what,
         source=sealed.source,
         source_tensors=sealed.tensors,
         target={**sealed.target, **small},
     )
-    new.write_small_file(MANIFEST_NAME, manifest.to_json())
+    data = manifest.to_json()
+    new.write_small_file(MANIFEST_NAME, data)
+    _refuse_other_bytes(new, MANIFEST_NAME, data)
+    if isinstance(new, NewDirectory):
+        found = dict.fromkeys(_below(new.place), "there")
+        expected = dict.fromkeys((*manifest.target, MANIFEST_NAME), "there")
+        if wrong := changed(expected, found):
+            raise VerificationError(
+                "the files of the target are not those that were written",
+                where=wrong,
+                hint="see who else writes there: the target was not created",
+            )
+
+
+def _refuse_other_bytes(new: NewCheckpoint, name: str, data: bytes) -> None:
+    path = new.written() / name
+    if isinstance(path, RemotePath) and not path.is_file():
+        return  # behind a URL some come last
+    if not path.is_file() or read_small_file(path) != data:
+        raise VerificationError(
+            "a file differs after reading it back",
+            where=name,
+            hint="suspect the disk or the memory: the target was not created",
+        )
 
 
 def is_done_already(
-    target: Location, source: ReadSide, job: Job, *, crew: Crew, limits: TransferLimits
+    target: Location,
+    source: ReadSide,
+    job: Job,
+    *,
+    crew: Crew,
+    limits: TransferLimits,
+    hashed: bool,
+    overwrite: bool,
 ) -> Manifest | None:
     """Whether the target is what this job makes, complete: so an attempt killed at its very end.
 
-    Both sides are read and hashed, for nothing else tells.
+    Where hashes are asked for both sides are read and hashed; else the target's mark tells.
 
     Returns:
-        Its manifest; None where there is no target of this job.
+        Its manifest, an empty one without hashes; None where there is no target of this job, or one
+        that is not what it was or would be now, and that is to be overwritten.
 
     Raises:
         ResumeError: BR306, the source is not what the target was made from.
@@ -240,6 +242,11 @@ def is_done_already(
     """
     if isinstance(target, RemotePath) and (target / MARKER_NAME).is_file():
         return None  # somebody began and did not end, be the manifest there already
+    if not hashed:
+        marked = crew.gather(is_complete(target, job))[0]
+        if marked and crew.rank == 0 and isinstance(target, Path):
+            clear_up(target, job)
+        return Manifest(source={}, target={}) if marked else None
     found: Manifest | None = None
     with suppress(BridgeError):  # what is there is refused elsewhere, in better words
         found = read_manifest(target)
@@ -250,16 +257,21 @@ def is_done_already(
     mine = share_of(crew, names, [entry.nbytes for entry in entries])
     read = {name: found.source[name] for side, name in mine if side == "source"}
     written = {name: found.target[name] for side, name in mine if side != "source"}
-    changed = differences(source.root, read, limits=limits, advance=_ignore)
+    moved = differences(source.root, read, limits=limits, advance=_ignore)
+    moved += [f"{name}: not there before" for name in source.files.keys() - found.source.keys()]
     tensors = list(source.tensors)[crew.rank :: crew.size]
     hashes = hash_tensors(source.source, tensors, limits=limits, advance=_ignore)
-    changed += [name for name, one in hashes.items() if found.source_tensors.get(name) != one]
+    moved += [name for name, one in hashes.items() if found.source_tensors.get(name) != one]
     damaged = differences(target, written, limits=limits, advance=_ignore)
-    shares = crew.gather((changed, damaged))
-    if changed := sorted(text for share, _ in shares for text in share):
+    if crew.rank == 0:
+        damaged += [f"{name}: was not there" for name in come_since(target, found)[0]]
+    shares = crew.gather((moved, damaged))
+    if overwrite and any(map(any, shares)):
+        return None  # it is the old one: what was begun in its place may be gone on with
+    if moved := sorted(text for share, _ in shares for text in share):
         raise ResumeError(
             "the target is complete, and its source has changed since",
-            where=changed,
+            where=moved,
             hint="--overwrite instead of --resume converts it anew",
         )
     if damaged := sorted(text for _, share in shares for text in share):
@@ -269,10 +281,15 @@ def is_done_already(
             hint="--overwrite instead of --resume converts it anew",
         )
     if crew.rank == 0 and isinstance(target, Path):
-        with suppress(BridgeError, OSError), building_site(target, overwrite=True) as site:
-            sync_directory(site.target.parent)  # the attempt that was killed may not have
-            site.sweep()
+        clear_up(target, job)
     return found
+
+
+def done_notes(done: Manifest) -> tuple[str, ...]:
+    """What to say where there was nothing to do."""
+    hashed = "has the hashes of its manifest, like its source"
+    unhashed = "neither it nor its source was changed since; no hash says more (--verify none)"
+    return (f"nothing to do: the target was complete, and {hashed if done.target else unhashed}",)
 
 
 def _ignore(_: int) -> None:

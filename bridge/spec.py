@@ -16,6 +16,8 @@ from bridge.errors import InconsistentConfigError, LayoutError, TensorParallelEr
 MAX_LAYERS: Final = 2048
 """Of any model; Ultra-253B, the deepest of the family, has 162."""
 _MAX_WIDTH: Final = 1 << 24
+_MAX_BASE: Final = 1 << 53
+"""Megatron's arguments have it as an integer; a float is one up to here."""
 """Of any dimension; the widest known, an FFN of Ultra-253B, has 425,984."""
 _MAX_GROUPS: Final = 1 << 16
 """Each is three tiles of a plan. 126 layers of 128 heads without grouping have 16,128."""
@@ -170,6 +172,8 @@ class ModelSpec:
                 _MAX_WIDTH,
             ),
             "vocab_size": (self.vocab_size, _MAX_WIDTH),
+            "max_position_embeddings": (self.max_position_embeddings, _MAX_WIDTH),
+            "rotary_base": (self.rope.rotary_base, _MAX_BASE),
             "ffn_hidden_size": (widest, _MAX_WIDTH),
             "num_query_groups of all blocks": (groups, _MAX_GROUPS),
         }

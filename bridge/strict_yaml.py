@@ -11,9 +11,16 @@ _MOST_NBYTES: Final = 1 << 20
 _MOST_NODES: Final = 100_000
 """Scalars, lists and mappings, each counted as often as it occurs; a run's file has hundreds."""
 
+_DIGITS: Final = 22
+"""Characters of an integer, with sign and prefix."""
+
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Counts what aliases stand for, whose aliases can stand for a billion (`billion laughs`)."""
+    """Counts what aliases stand for, which can be a billion (`billion laughs`).
+
+    And refuses what PyYAML takes: keys that are there twice, of which the last would count, and
+    integers of more than 64 bits, whose hashes can all be one.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -30,6 +37,22 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
         if event.anchor is not None and not is_alias:
             self._sizes[event.anchor] = self._nodes - before
         return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:  # noqa: ANN401 - as the base class
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            raise ValueError("a key is there twice")
+        return node
+
+    def construct_yaml_int(self, node: Any) -> int:  # noqa: ANN401 - as the base class
+        if len(node.value) > _DIGITS:
+            raise ValueError("an integer of more than 64 bits")
+        found: int = super().construct_yaml_int(node)
+        return found
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def parse_yaml(data: bytes) -> Any:  # noqa: ANN401 - YAML

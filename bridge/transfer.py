@@ -112,7 +112,7 @@ class _Writer:
         """Write some files, a segment of each in turn."""
         queues = []
         for layout in layouts:
-            file = self.flusher.create(directory / layout.path, layout.size)
+            file = self.flusher.create(directory, layout.path, layout.size)
             for offset, literal in layout.literals:
                 file.write(literal, offset)
             payloads = sorted(layout.payloads, key=lambda payload: payload.offset)

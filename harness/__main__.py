@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from harness.cli import main
+import sys
 
 if __name__ == "__main__":
-    main()
+    try:
+        from harness.cli import main
+
+        main()
+    except KeyboardInterrupt:  # while it imports itself
+        sys.exit(130)

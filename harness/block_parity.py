@@ -9,7 +9,6 @@ command that does it.
 from __future__ import annotations
 
 import shlex
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from typing import Any, Final, Literal
 from bridge.convert import read_spec
 from bridge.parameters import block_num_parameters
 from bridge.plan import ranges
+from bridge.scratch import held_directory
 from bridge.spec import ModelSpec
 from harness.bench import Subject
 from harness.block_states import kind_of
@@ -137,8 +137,8 @@ def prove_blocks(
     )
     make = partial(StreamingBench, streaming=Streaming())
     with (
-        tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as scratch,
-        make(Path(scratch), subjects={subject.name: subject}) as bench,
+        held_directory() as scratch,
+        make(scratch, subjects={subject.name: subject}) as bench,
     ):
         bench.prepare(cases)
         results = run_cases(cases, bench).results

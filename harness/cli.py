@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,9 +27,9 @@ from bridge.cli_options import (
     Revision,
     TrustRemoteCode,
 )
-from bridge.console import Results
+from bridge.console import diagnostics_taken, results_taken
 from bridge.crew.interrupts import Terminated, terminations_raise
-from bridge.errors import BridgeError, EnvironmentMissingError, LayoutError, UsageError
+from bridge.errors import BridgeError, LayoutError, UsageError
 from bridge.storage.input_files import follow_links_from_now_on
 from bridge.visible import visible, visible_line
 from harness import (
@@ -298,26 +298,6 @@ def _run() -> None:
             app()
 
 
-def _run_heard() -> None:
-    """Run the command, and see that its results have gone where stdout goes.
-
-    Raises:
-        EnvironmentMissingError: BR500, they have not.
-    """
-    if sys.stdout is None:  # then the next file to be opened would be what libraries print to
-        raise EnvironmentMissingError(
-            "stdout is closed, and results would be lost", hint="`>/dev/null` discards them"
-        )
-    results = Results(sys.stdout)
-    with contextlib.redirect_stdout(cast("TextIO", results)):
-        try:
-            _run()
-        except SystemExit:
-            results.end()
-            raise
-        results.end()
-
-
 class _Formatter(logging.Formatter):
     """Names in a message are shown, and no terminal does what they say."""
 
@@ -326,24 +306,26 @@ class _Formatter(logging.Formatter):
         return visible(super().format(record), keep="\n\t")
 
 
+@diagnostics_taken()
 def main() -> None:
     """Run the command line; the entry point.
 
     Exits with 0 (passed), 1 (a check failed), 2 (bad usage or input), 3 (could not run), 130
     (interrupted, which is typer's own doing) or 143 (told to end, by SIGTERM). Errors a user can
     act on are printed without a traceback; any other is our bug, exits with 3 and keeps its own.
+    Whoever stops reading what is printed changes none of that.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        with terminations_raise():
-            _run_heard()
+        with terminations_raise(), results_taken():
+            _run()
     except Terminated:
         sys.stderr.write("Terminated (SIGTERM).\n")
         sys.exit(Terminated.exit_code)
     except BridgeError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write("" if error.is_said else f"{error}\n")
         for note in getattr(error, "__notes__", ()):
             sys.stderr.write(f"note: {visible_line(note)}\n")
         sys.exit(error.exit_code)

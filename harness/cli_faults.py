@@ -278,16 +278,19 @@ def _say(console: Any, matrix: Matrix, wrong: Sequence[str]) -> None:  # noqa: A
 
 
 def _write(directory: Path, name: str, data: dict[str, Any]) -> None:
-    (directory / name).write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+    from bridge.outputs import write_atomically
+
+    write_atomically(directory / name, json.dumps(data, indent=1) + "\n")
 
 
 def _write_matrix(directory: Path, data: dict[str, Any]) -> None:
     """A page of its own, and a section of the report that lies there already."""
+    from bridge.outputs import write_atomically
     from harness.report.evidence import FILE_NAME, read_evidence
     from harness.report.html import render_kill_matrix
     from harness.report.write import write_reports
 
-    (directory / "faults.html").write_text(render_kill_matrix(data), "utf-8")
+    write_atomically(directory / "faults.html", render_kill_matrix(data))
     if (directory / FILE_NAME).is_file():
         write_reports(read_evidence(directory), directory)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bridge.cli import app
 from bridge.cli_options import Json
+from bridge.scratch import held_directory
 
 if TYPE_CHECKING:
     from harness.bench import Bench
@@ -32,8 +31,8 @@ def _bench() -> Iterator[Bench]:
     from harness.bench import Bench
 
     with (
-        tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as workdir,
-        Bench(Path(workdir)) as bench,
+        held_directory() as workdir,
+        Bench(workdir) as bench,
     ):
         yield bench
 

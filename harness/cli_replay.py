@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from bridge.cli import app
 from bridge.cli_options import Json
+from bridge.scratch import held_directory
 from harness.cli_tools import Timeout
 
 
@@ -30,8 +30,8 @@ def replay(
 
     config, what = load_replay(directory)
     with (
-        tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as workdir,
-        Bench(Path(workdir), timeout=timeout) as bench,
+        held_directory() as workdir,
+        Bench(workdir, timeout=timeout) as bench,
     ):
         result = run_replay(config, what, bench)
     report = RunReport(results=[result], seconds=result.seconds)

@@ -13,6 +13,7 @@ from bridge.cli_options import (
     DeviceName,
     Json,
     LayersName,
+    Overwrite,
     PpSize,
     Revision,
     TpSize,
@@ -21,6 +22,7 @@ from bridge.cli_options import (
 )
 from bridge.errors import UsageError
 from bridge.outputs import check_output
+from bridge.storage.target import refuse_overlap
 
 DtypeName = Annotated[
     Literal["float32", "bfloat16"], typer.Option("--dtype", help="What to compute in.")
@@ -39,6 +41,7 @@ def toy(
     ] = "bfloat16",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which weights.")] = 0,
     names: Annotated[bool, typer.Option("--names", help="Show every toy.")] = False,
+    overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
     """Write a small checkpoint with the traits of one variant, to try the other commands on."""
@@ -62,7 +65,7 @@ def toy(
             hint="nemotron-bridge toy super-49b-v1 --hf-path DIR; --names lists them",
         )
     found = toy_named(name)
-    write_checkpoint(found, hf_path, dtype=dtype, seed=seed)
+    write_checkpoint(found, hf_path, dtype=dtype, seed=seed, overwrite=overwrite)
     if json_:
         print_json(
             {
@@ -104,6 +107,7 @@ def logits(
     revision: Revision = None,
     carry: CarryField = None,
     timeout: Timeout = 1800.0,
+    overwrite: Overwrite = False,
     json_: Json = False,
 ) -> None:
     """Write the logits of one model: Hugging Face's, or Megatron's over the layout's ranks.
@@ -137,10 +141,11 @@ def logits(
         raise UsageError(
             "the model needs one input", hint="give --input FILE, or --probe short, or --probe long"
         )
-    check_output(output)
+    check_output(output, overwrite=overwrite)
     path = None
     if hf_model is not None:
         path = resolve_here(hf_model, weights=megatron_path is None, revision=revision)
+    refuse_overlap(output, [one for one in (path, megatron_path) if one is not None])
     if megatron_path is not None:
         found = compute_megatron(
             megatron_path, given, hf_model=path, tp=tp, pp=pp, vp=vp, dtype=dtype, device=device,
@@ -153,7 +158,7 @@ def logits(
         )  # fmt: skip
     else:
         raise UsageError("no model", hint="give --hf-model or --megatron-path")
-    write_reference(output, found)
+    write_reference(output, found, overwrite=overwrite)
     shape = found.logits.shape
     result = {
         "output": str(output),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from bridge.errors import EnvironmentMissingError, UsageError
+from bridge.scratch import held_directory
 from harness.torchrun.lead import torchrun_ranks
 
 if TYPE_CHECKING:
@@ -30,22 +31,28 @@ def scratch(parent: Path | None) -> Iterator[Path]:
     Raises:
         UsageError: BR001, nothing can be made there.
     """
-    try:
-        if parent is not None:
-            parent = parent.absolute()  # for ranks, wherever they are
-            parent.mkdir(parents=True, exist_ok=True)
-        # A network's file system keeps what is still mapped: no reason to lose the results.
-        made = tempfile.TemporaryDirectory(
-            prefix="nemotron-bridge-", dir=parent, ignore_cleanup_errors=True
-        )
-    except OSError as error:
-        raise UsageError(
-            f"cannot work there: {error.strerror}",
-            where=str(parent or tempfile.gettempdir()),
-            hint="give --workdir a directory that can be written to",
-        ) from None
-    with made as directory:
-        yield Path(directory)
+    with ExitStack() as stack:
+        try:
+            directory = Path(stack.enter_context(_made(parent)))
+        except OSError as error:
+            raise UsageError(
+                f"cannot work there: {error.strerror}",
+                where=str(parent or tempfile.gettempdir()),
+                hint="give --workdir a directory that can be written to",
+            ) from None
+        yield directory
+
+
+def _made(parent: Path | None) -> AbstractContextManager[Path | str]:
+    if parent is None:
+        return held_directory()
+    parent = parent.absolute()  # for ranks, wherever they are
+    parent.mkdir(parents=True, exist_ok=True)
+    # Machines share it, and not always their locks: nobody is to sweep there. A network's file
+    # system keeps what is still mapped: no reason to lose the results.
+    return tempfile.TemporaryDirectory(
+        prefix="nemotron-bridge-", dir=parent, ignore_cleanup_errors=True
+    )
 
 
 def check_shared(directory: Path, report_dir: Path | None, subjects: Mapping[str, Subject]) -> None:

@@ -21,6 +21,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from bridge.errors import CheckpointError
+from bridge.outputs import new_output
 from bridge.spec import ModelSpec
 from harness.errors import DetachedReferenceError
 from harness.identity import config_sha256, inputs_sha256, spec_sha256
@@ -128,16 +130,22 @@ class DetachedReference:
         return f"logits {digest} of {self.provenance.to_metadata()}"
 
 
-def write_reference(path: Path, found: DetachedReference) -> None:
-    """Write a file that `read_reference` reads."""
+def write_reference(path: Path, found: DetachedReference, *, overwrite: bool = False) -> None:
+    """Write a file that `read_reference` reads.
+
+    Raises:
+        TargetExistsError: BR304, it is there, and not to be replaced.
+        CheckpointError: BR300, the system refuses: the disk is full, say.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file(
-        {"logits": np.ascontiguousarray(found.logits, dtype=np.float32)},
-        path,
-        metadata=found.provenance.to_metadata(),
-    )
-    path.chmod(0o644)  # safetensors lets nobody else read it, and it is made to be carried
+    logits = np.ascontiguousarray(found.logits, dtype=np.float32)
+    try:
+        with new_output(path, overwrite=overwrite) as partial:
+            save_file({"logits": logits}, partial, metadata=found.provenance.to_metadata())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write the logits: {error}", where=str(path)) from None
 
 
 def read_reference(path: Path) -> DetachedReference:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import logging
 import multiprocessing.connection
 import pickle
-import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
+from bridge.scratch import held_directory
 from bridge.spec import ParallelLayout
 from harness.errors import (
     BackendUnavailableError,
@@ -76,7 +76,8 @@ class RankPool:
         self.device = device
         self._source: WorkerSource = source or LocalRanks()
         self.timeout = timeout
-        self._private = Path(tempfile.mkdtemp(prefix="nemotron-bridge-ranks-"))
+        stack = ExitStack()
+        self._private = stack.enter_context(held_directory())
         self.log_dir = log_dir or self._private
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self._workers: list[Worker] = []
@@ -85,7 +86,7 @@ class RankPool:
         self._generation = 0
         # Non-daemonic processes (a checkpoint save starts children) are joined at exit: end them
         # first, whatever became of the pool.
-        self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._private)
+        self._finalizer = weakref.finalize(self, _clean_up, self._workers, stack)
 
     def run(
         self,
@@ -110,6 +111,7 @@ class RankPool:
         Raises:
             WorkerFailedError: HN202, a rank threw or died; the first one's traceback is in it.
             WorkerTimeoutError: HN203, ranks did not finish in time; their stacks are in it.
+            WorkerLostError: BR501, the process that ranks are forked from does not answer.
             BridgeError: A rank raised one: the same error, with the rank noted.
             RanksUnavailableError: HN205, the source has not that many.
             BackendUnavailableError: HN201, the function cannot be sent, or the pool is closed.
@@ -186,6 +188,7 @@ class RankPool:
                 rank=rank,
                 device=self.device,
                 log=self.log_dir / f"rank{rank}.log",
+                start_timeout=self.timeout,
                 collective_timeout=2 * self.timeout,
                 private=self._private,
             )
@@ -308,6 +311,6 @@ def _first_to_hang(workers: Sequence[Worker], tails: Mapping[int, str], limit: f
     return _Failure(rank=rank, kind="hung", what=what, outcome=Outcome(), at=0.0)
 
 
-def _clean_up(workers: list[Worker], private: Path) -> None:
+def _clean_up(workers: list[Worker], stack: ExitStack) -> None:
     kill(workers)
-    shutil.rmtree(private, ignore_errors=True)
+    stack.close()

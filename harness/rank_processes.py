@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -17,7 +18,10 @@ from typing import Any, Final, Literal, Protocol
 
 import psutil
 
+from bridge.crew import bounds
+from bridge.crew.attendants import wake_at_exit
 from bridge.crew.local import without_main
+from harness.fork_server import answering
 from harness.ranks import RankSettings, serve
 
 _PRELOAD: Final = ["harness.rank_imports"]
@@ -90,6 +94,7 @@ class WorkerSource(Protocol):
 
         Raises:
             WorkerFailedError: HN202, a place for one is gone.
+            WorkerLostError: BR501, the process that they are forked from does not answer.
         """
 
     def rendezvous(self, private: Path, generation: int) -> str:
@@ -106,7 +111,13 @@ class LocalRanks:
 
     def start(self, settings: Sequence[RankSettings]) -> list[Worker]:
         """See `WorkerSource`."""
-        return [LocalWorker(one) for one in settings]
+        started: list[Worker] = []
+        try:
+            started.extend(LocalWorker(one) for one in settings)
+        except BaseException:
+            kill(started)
+            raise
+        return started
 
     def rendezvous(self, private: Path, generation: int) -> str:
         """See `WorkerSource`."""
@@ -114,6 +125,7 @@ class LocalRanks:
 
     def warm_up(self) -> None:
         """Start the process that imports Megatron-Core and forks ranks, without waiting for it."""
+        wake_at_exit()
         multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOAD)
         multiprocessing.forkserver.ensure_running()
 
@@ -124,13 +136,15 @@ class LocalWorker:
     is_here: Final = True
 
     def __init__(self, settings: RankSettings) -> None:
+        wake_at_exit()
         context = _context(settings.device)
+        self._is_forked = settings.device == "cpu"
         self.rank = settings.rank
         self._connection, theirs = context.Pipe()
         self._process: BaseProcess = context.Process(
             target=serve, args=(theirs, settings), name=f"rank{settings.rank}"
         )
-        with without_main():
+        with without_main(), self._answered(min(bounds.JOIN, settings.start_timeout)):
             self._process.start()
         theirs.close()
         self._log = settings.log
@@ -205,8 +219,13 @@ class LocalWorker:
 
     def join(self) -> None:
         """See `Worker`."""
-        self._process.join()
+        with self._answered(_DYING):
+            self._process.join()
         self._connection.close()
+
+    def _answered(self, limit: float) -> AbstractContextManager[None]:
+        """For a block that waits for the process that this one is forked from, if it is."""
+        return answering(limit) if self._is_forked else contextlib.nullcontext()
 
     def _signal(self, what: signal.Signals) -> None:
         """Signal the rank's process group; a rank that has none yet is left alone."""

@@ -125,6 +125,8 @@ class RankSettings:
     rank: int
     device: Literal["cpu", "cuda"]
     log: Path
+    start_timeout: float
+    """Seconds in which it must have been started."""
     collective_timeout: float
     private: Path
     """The pool's own directory, which is to go if the pool cannot see to it any more."""
@@ -227,6 +229,7 @@ def _settle(settings: RankSettings) -> None:
     os.dup2(log, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - descriptor 1
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115 - descriptor 2
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)  # the server that it is forked from handles it
     # A rank that somebody has stopped goes on then, and ends as the others do: `_die_with`.
     signal_at_parents_death(signal.SIGCONT)
     faulthandler.enable(file=2)

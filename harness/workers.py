@@ -21,6 +21,7 @@ import psutil
 
 from bridge.crew import bounds, fates
 from bridge.crew.interrupts import signal_at_parents_death
+from bridge.scratch import held_directory
 from harness.bench import Bench, Subject
 from harness.errors import WorkerFailedError
 
@@ -56,19 +57,18 @@ def over_benches(
     """
     count = workers or min(_MOST, os.cpu_count() or 1)
     with (
-        # Processes that are ended on Ctrl-C may still write there: no reason for another error.
-        tempfile.TemporaryDirectory(prefix="nemotron-bridge-", ignore_cleanup_errors=True) as root,
+        held_directory() as root,
         ProcessPoolExecutor(
             max(1, min(count, len(arguments))),
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_enter,
-            initargs=(root, timeout, dict(subjects or {})),
+            initargs=(str(root), timeout, dict(subjects or {})),
         ) as pool,
     ):
         futures: dict[Future[Any], int] = {
             pool.submit(_call, function, one): number for number, one in enumerate(arguments)
         }
-        signs = _Signs(Path(root))
+        signs = _Signs(root)
         pending = set(futures)
         try:
             while pending:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,6 +20,7 @@ from bridge.hf_config import (
 from bridge.hf_fields import MAPPED
 from bridge.hub import HubAccess, commit_of, is_hub_id, resolve_model
 from bridge.live_save import HfFiles
+from bridge.scratch import held_directory
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
 from bridge.storage.remote import Location, parse_location
@@ -163,15 +162,12 @@ class HfPretrained:
         if self.has_weights and extra is None:
             yield self.location(weights=False)
             return
-        directory = Path(tempfile.mkdtemp(prefix="nemotron-bridge-"))
-        try:
+        with held_directory() as directory:
             for name, data in self.files(extra).small.items():
                 path = directory / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
             yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 def plain_config(config: Any) -> dict[str, Any]:

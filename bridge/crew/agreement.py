@@ -12,7 +12,7 @@ from bridge.errors import DisagreementError
 from bridge.storage.source import FileLayout
 
 if TYPE_CHECKING:  # which shares its work by a crew itself
-    from bridge.conversion import ConversionJob
+    from bridge.conversion_job import ConversionJob
 
 _SHOWN: Final = 12
 """Hex digits of a digest that are shown."""

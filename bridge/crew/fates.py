@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,10 +88,24 @@ def silence_of(process: BaseProcess, seconds: float) -> Fate:
     return Fate(how=how, pid=process.pid, hint=hint)
 
 
+def is_stopped(process: BaseProcess) -> bool:
+    """Whether somebody has stopped a child, so that others wait for it."""
+    try:
+        return psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        return False
+
+
 def hang_of(process: BaseProcess, seconds: float, stacks: tuple[str, ...]) -> Fate:
     """Of a child that lives and gets no further."""
     how = f"has made no progress for {seconds:g} s"
     return Fate(how=how, pid=process.pid, stacks=stacks, hint=HUNG)
+
+
+def own_hang(seconds: float, stacks: tuple[str, ...]) -> Fate:
+    """Of the process that looks, whose main thread gets no further."""
+    how = f"has made no progress for {seconds:g} s"
+    return Fate(how=how, pid=os.getpid(), stacks=stacks, hint=HUNG)
 
 
 def silence(pid: int | None, seconds: float) -> tuple[str, str]:

@@ -1,10 +1,8 @@
 """A crew on one machine: the command's own process leads, and starts the others.
 
-The others, the hands, are spawned, and each is joined to the lead by a pipe. A hand sends what it
-has to give (values, bytes done, an error); the lead answers each round of values with all of them.
-The lead ends its hands when it leaves, however it leaves; a hand ends itself when the lead is gone.
-A hand gives signs of life, and says so itself when it makes no progress: the lead waits for nobody
-without a bound.
+The others, the hands (`bridge.crew.hand`), are spawned, and each is joined to the lead by a pipe.
+The lead ends its hands when it leaves, however it leaves, waits for none of them without a bound,
+and looks at itself as well: in a phase of work it, too, must make progress.
 """
 
 from __future__ import annotations
@@ -12,11 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import sys
 import threading
 import time
-import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -27,26 +23,27 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Final, Literal
 
 from bridge.crew import bounds
+from bridge.crew.attendants import wake_at_exit
 from bridge.crew.fates import (
     Loss,
     Naming,
     death_of,
     hang_of,
+    is_stopped,
     lost_worker,
+    own_hang,
     silence_of,
     worker,
 )
-from bridge.crew.interrupts import interrupts_held, signal_at_parents_death
+from bridge.crew.hand import serve
+from bridge.crew.interrupts import interrupts_held
 from bridge.crew.protocol import Brake, Value
 from bridge.crew.stacks import is_waiting, stacks
-from bridge.errors import BridgeError
+from bridge.errors import WorkerLostError
 from bridge.progress import Advance, Progress
 
 _Kind = Literal["value", "advance", "alive", "hung", "error", "crash", "done"]
 _Message = tuple[_Kind, Any]
-
-_REPORT_EVERY: Final = 0.1
-"""Seconds between two reports of bytes done."""
 
 
 @dataclass(slots=True)
@@ -98,9 +95,15 @@ class LocalLead:
         self._advance: Advance | None = None
         self._leaving = False
         self._hands: list[_Hand] = []
+        self._pulse = multiprocessing.get_context("spawn").RawValue("L", 0)
+        self._progress = bounds.Patience(timeout)
+        self._is_timed = False
+        self._leave: bounds.Patience | None = None
         try:
             for rank in range(1, size):
-                self._hands.append(_start(rank, size, timeout, function, args, kwargs))
+                self._hands.append(
+                    _start(rank, size, function, args, kwargs, timeout=timeout, pulse=self._pulse)
+                )
         except BaseException:
             self._end()
             raise
@@ -109,8 +112,10 @@ class LocalLead:
 
     def gather(self, value: Value) -> list[Value]:
         """See `Crew`."""
+        timed, self._is_timed = self._is_timed, False  # who waits for others does not hang
         with self._changed:
             self._changed.wait_for(lambda: self._failure or len(self._values) == len(self._hands))
+            self._is_timed = timed
             if self._failure is not None:
                 raise self._failure
             values = [value, *(self._values[hand.rank] for hand in self._hands)]
@@ -124,11 +129,16 @@ class LocalLead:
     def phase(self, progress: Progress, name: str, total: int) -> Iterator[Advance]:
         """See `Crew`."""
         with progress.phase(name, total) as advance:
-            self._advance = advance
+
+            def count(nbytes: int) -> None:
+                self._progress.renew()
+                advance(nbytes)
+
+            self._advance, self._is_timed = advance, True
             try:
-                yield self.brake.on(advance)
+                yield self.brake.on(count)
             finally:
-                self._advance = None
+                self._advance, self._is_timed = None, False
 
     def settle(self, error: BaseException) -> BaseException:
         """See `Crew`."""
@@ -167,8 +177,26 @@ class LocalLead:
                     hand.connection.close()
                     if not (hand.done or self._leaving):
                         self._fail(self._lost(hand.rank, self.size, death_of(hand.process)))
-            if self._failure is None and not self._leaving:
-                self._look_at(list(hands.values()), accord)
+            self._pulse.value += 1
+            if not self._leaving:
+                self._look_at_self()
+                if self._failure is None:
+                    self._look_at(list(hands.values()), accord)
+
+    def _look_at_self(self) -> None:
+        """Fail when this process hangs; and leave when it does not even heed that it has failed."""
+        if not self._is_timed:
+            self._progress.renew()
+        if self._leave is not None:
+            if self._is_timed and self._leave.is_over():
+                sys.stderr.write(f"{self._failure}\n")
+                sys.stderr.flush()
+                os._exit(WorkerLostError.exit_code)  # whose end ends the hands
+        elif self._progress.is_over(by=bounds.ACCORD) and self._failure is None:
+            found = stacks(without={threading.get_ident()})
+            own = self._lost(0, self.size, own_hang(self._timeout, found))
+            self._fail(self._stopped() or own)
+            self._leave = bounds.Patience(bounds.LEAVE)
 
     def _look_at(self, hands: Sequence[_Hand], accord: bounds.Patience) -> None:
         """Fail when a hand has been silent for too long, or hangs."""
@@ -186,7 +214,14 @@ class LocalLead:
             first = hung[0]  # all of them wait for one another
         if first is not None:
             fate = hang_of(first.process, self._timeout, first.hung or ())
-            self._fail(self._lost(first.rank, self.size, fate))
+            self._fail(self._stopped() or self._lost(first.rank, self.size, fate))
+
+    def _stopped(self) -> BaseException | None:
+        """Of a hand that somebody has stopped, and for which those wait that seem to hang."""
+        for hand in self._hands:
+            if not hand.done and is_stopped(hand.process):
+                return self._lost(hand.rank, self.size, silence_of(hand.process, self._timeout))
+        return None
 
     def _take(self, hand: _Hand, message: _Message) -> None:
         hand.silence.renew()
@@ -216,80 +251,6 @@ class LocalLead:
             self._changed.notify_all()
 
 
-class LocalHand:
-    """Any other rank of a crew on one machine.
-
-    Args:
-        rank: From 1.
-        size: Of the crew.
-        connection: To the lead.
-        timeout: Seconds without progress after which it says that it hangs.
-    """
-
-    def __init__(self, rank: int, size: int, connection: Connection, timeout: float) -> None:
-        self.rank = rank
-        self.size = size
-        self.brake = Brake()
-        self._connection = connection
-        self._lock = threading.Lock()
-        self._pending = 0
-        self._reported = 0.0
-        self._progress = bounds.Patience(timeout)
-        self._is_waiting = False
-        threading.Thread(target=self._live, daemon=True, name="signs of life").start()
-
-    def send(self, kind: str, content: object = None) -> None:
-        """Tell the lead, after whatever bytes it has not heard of yet."""
-        with self._lock:
-            self._flush()
-            self._connection.send((kind, content))
-
-    def gather(self, value: Value) -> list[Value]:
-        """See `Crew`."""
-        self.send("value", value)
-        self._is_waiting = True
-        values: list[Value] = self._connection.recv()
-        self._progress.renew()
-        self._is_waiting = False
-        return values
-
-    @contextmanager
-    def phase(self, progress: Progress, name: str, total: int) -> Iterator[Advance]:
-        """See `Crew`."""
-        del progress, name, total
-        yield self.brake.on(self._count)
-
-    def settle(self, error: BaseException) -> BaseException:
-        """See `Crew`. The lead is told when this process leaves."""
-        return error
-
-    def _live(self) -> None:
-        """Tell the lead that this process lives, or where it is when it gets no further."""
-        with suppress(OSError):  # the lead is gone
-            while True:
-                time.sleep(bounds.BEAT)
-                if self._is_waiting:
-                    self._progress.renew()
-                found = None
-                if self._progress.is_over():
-                    found = stacks(without={threading.get_ident()})
-                with self._lock:
-                    self._connection.send(("alive", None) if found is None else ("hung", found))
-
-    def _count(self, nbytes: int) -> None:
-        self._progress.renew()
-        with self._lock:
-            self._pending += nbytes
-            if time.monotonic() - self._reported >= _REPORT_EVERY:
-                self._flush()
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._connection.send(("advance", self._pending))
-            self._pending = 0
-            self._reported = time.monotonic()
-
-
 @contextmanager
 def led(
     size: int,
@@ -314,54 +275,27 @@ def led(
 def _start(
     rank: int,
     size: int,
-    timeout: float,
     function: Callable[..., object],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    *,
+    timeout: float,
+    pulse: Any,  # noqa: ANN401 - of ctypes
 ) -> _Hand:
     context = multiprocessing.get_context("spawn")
+    wake_at_exit()
     resource_tracker.ensure_running()  # starting it lets go of the interrupts that are held below
     ours, theirs = context.Pipe()
     process = context.Process(
-        target=_serve,
-        args=(theirs, rank, size, timeout, function, args, kwargs),
+        target=serve,
+        args=(theirs, rank, size, function, args, kwargs),
+        kwargs={"timeout": timeout, "pulse": pulse},
         name=f"worker {rank}",
         daemon=True,
     )
     with theirs, without_main(), interrupts_held():
         process.start()
     return _Hand(rank, process, ours, bounds.Patience(bounds.JOIN))
-
-
-def _serve(
-    connection: Connection,
-    rank: int,
-    size: int,
-    timeout: float,
-    function: Callable[..., object],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> None:
-    """Be a hand: the whole life of its process."""
-    signal_at_parents_death(signal.SIGKILL)  # the lead's thread that started us waits for us
-    threading.Thread(target=_end_with_lead, daemon=True, name="end with the lead").start()
-    crew = LocalHand(rank, size, connection, timeout)
-    with suppress(OSError):  # the lead is gone, and so is everybody who could be told
-        try:
-            function(*args, crew=crew, **kwargs)
-        except BridgeError as error:
-            crew.send("error", error)
-        except BaseException:  # noqa: BLE001 - the lead raises it, whatever it is: sys.exit, too
-            crew.send("crash", traceback.format_exc())
-        else:
-            crew.send("done")
-
-
-def _end_with_lead() -> None:
-    lead = multiprocessing.parent_process()
-    if lead is not None:
-        multiprocessing.connection.wait([lead.sentinel])
-        os._exit(1)  # in the middle of whatever the other threads do
 
 
 @contextmanager

@@ -175,11 +175,13 @@ class Lookout:
         host, pid = self._members[rank]
         is_here = host == socket.gethostname()
         how, hint = fates.silence(pid if is_here else None, self._silences[rank].limit)
-        error = WorkerLostError(
+        error = self.failure or WorkerLostError(
             f"rank {rank} of {self._board.size} {how}{self._so}",
             where=f"process {pid} on {host}",
             hint=hint,
         )
+        if self._board.rank:  # torchrun ends this rank, too, once rank 0 has ended: say it before
+            _say(error)
         self.lose(error)
         self._board.stop(error)
         if is_here:
@@ -223,7 +225,9 @@ class Lookout:
                 self._silent.add(0)
                 place = f"process {pid} on {host}"
                 what = f"rank 0 of {self._board.size} {how}{self._so}"
-                self.lose(WorkerLostError(what, where=place, hint=hint))
+                error = WorkerLostError(what, where=place, hint=hint)
+                _say(error)  # as in `_give_up`
+                self.lose(error)
                 self._store.renew()
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)  # which ends our wait
@@ -237,8 +241,12 @@ class Lookout:
 
 
 def _say(error: WorkerLostError) -> None:
-    sys.stderr.write(f"{error}\n")
-    sys.stderr.flush()
+    if error.is_said:
+        return
+    with suppress(OSError, ValueError):  # nobody reads it: no reason to leave others waiting
+        sys.stderr.write(f"{error}\n")
+        sys.stderr.flush()
+        error.is_said = True
 
 
 def _is_gone(pid: int) -> bool:

@@ -186,7 +186,7 @@ class TorchrunCrew:
         def handler(number: int, frame: FrameType | None) -> None:
             if self._settled:
                 return  # on the way out already, with an error that says more
-            lost = self._lookout.loss("this rank was told to end")
+            lost = self._lookout.failure or self._lookout.loss("this rank was told to end")
             self.brake.pull(lost)
             if before is not None and not self._lookout.gone():
                 before(number, frame)

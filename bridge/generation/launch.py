@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,13 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from bridge.crew.fates import Fate
+from bridge.crew.hand import LocalHand
 from bridge.crew.launch import Launch, under_torchrun
-from bridge.crew.local import LocalHand, led
+from bridge.crew.local import led
 from bridge.errors import EnvironmentMissingError, LayoutError, WorkerLostError
 from bridge.generation.decoding import Continuation, OnStep, Step, generate
 from bridge.generation.sampling import Sampling
 from bridge.generation.source import ModelSource
 from bridge.progress import Advance, Progress, Silent
+from bridge.scratch import held_directory
 from bridge.spec import ParallelLayout
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def run(
 @contextlib.contextmanager
 def _new_meeting() -> Iterator[str]:
     """A file that ranks of this machine meet at, for `init_method`."""
-    with tempfile.TemporaryDirectory(prefix="nemotron-bridge-") as directory:
+    with held_directory() as directory:
         yield f"file://{directory}/meeting"
 
 

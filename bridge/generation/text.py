@@ -110,13 +110,11 @@ class Tokenizer:
         Raises:
             UsageError: BR001, there is no template, or it does not take these messages.
         """
-        import jinja2
-
         try:
             text = self._tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True
             )
-        except (ValueError, TypeError, KeyError, jinja2.TemplateError) as error:
+        except Exception as error:
             raise UsageError(
                 f"the chat template cannot write these messages: {error}",
                 where=json.dumps(list(messages), ensure_ascii=False)[:200],

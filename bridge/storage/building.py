@@ -16,12 +16,8 @@ with it or sweeps it away.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
-import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,19 +26,22 @@ from pathlib import Path
 from typing import Final
 
 from bridge.errors import CheckpointError, TargetExistsError
+from bridge.storage.disk import (
+    exchange,
+    refusals,
+    remove_directory,
+    sync_directories,
+    sync_directory,
+)
+from bridge.storage.existing import is_occupied, refuse_existing
+from bridge.storage.locks import LOCK_NAME, LOCKS, PARTIAL, WRITERS_NAME, hold, wait_for_writers
 
-LOCK_NAME: Final = "lock"
-WRITERS_NAME: Final = "writers"
 DATA_NAME: Final = "data"
-_LOCKS: Final = frozenset({LOCK_NAME, WRITERS_NAME})
-_STRAGGLERS: Final = 30.0
-"""Seconds for the workers of a conversion that was killed to notice it."""
+JOB_NAME: Final = "job.json"
+DONE: Final = "done-"
 _OLD_NAME: Final = "old"
-_PARTIAL: Final = ".partial"
-_RENAME_EXCHANGE: Final = 2
-_AT_FDCWD: Final = -100
-_UNSUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
-_NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+_OURS: Final = (DATA_NAME, _OLD_NAME, f"{JOB_NAME}*", f"{DONE}*")
+"""What may be swept from a site; anything else in it is somebody's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,8 @@ class Site:
     root: Path
     claim: str
     """Of this attempt alone; what the lock file says while it is held."""
+    overwrite: bool
+    """Whether what is there gives way."""
 
     @property
     def data(self) -> Path:
@@ -60,27 +61,49 @@ class Site:
         return self.root / DATA_NAME
 
     def place(self) -> None:
-        """Make the target of what was built: the last step, and the only one that shows."""
+        """Make the target of what was built: the last step, and the only one that shows.
+
+        Raises:
+            TargetExistsError: BR304, something has come there meanwhile that is not to give way.
+        """
         sync_directories(self.data)
-        if not is_occupied(self.target):
-            self.data.rename(self.target)  # an empty directory gives way
-        elif not _exchange(self.data, self.target):
+        mode = self.target.stat().st_mode if self.target.is_dir() else None
+        if not (self.overwrite and is_occupied(self.target)):
+            self._enter()
+        elif self._may_replace() and not exchange(self.data, self.target):
             old = self.root / _OLD_NAME
-            self.target.rename(old)
             try:
+                self.target.rename(old)
                 self.data.rename(self.target)
-            except OSError:
-                old.rename(self.target)
+            except BaseException:  # Ctrl-C between the two, too
+                self.give_back()
                 raise
+        if mode is not None:  # not before: what its owner may not write to cannot be moved
+            self.target.chmod(mode)
         sync_directory(self.target.parent)
 
+    def _enter(self) -> None:
+        try:
+            self.data.rename(self.target)  # an empty directory gives way
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
+            raise TargetExistsError(
+                "something has come to where the target was to be",
+                where=str(self.target),
+                hint="see whose it is; move it, or choose another directory",
+            ) from None
+
+    def _may_replace(self) -> bool:
+        refuse_existing(self.target, overwrite=True)
+        return True
+
     def sweep(self) -> None:
-        """Remove what is in the site and is nobody's target."""
-        for left in self.root.iterdir():
-            if left.name in _LOCKS:
-                continue
-            if left.is_dir():
-                shutil.rmtree(left)
+        """Remove what is in the site, is ours and is nobody's target."""
+        self.give_back()
+        for left in [path for pattern in _OURS for path in self.root.glob(pattern)]:
+            if left.is_dir() and not left.is_symlink():
+                remove_directory(left)
             else:
                 left.unlink()
 
@@ -94,7 +117,7 @@ class Site:
 def site_of(target: Path) -> Path:
     """The site of a target, whether or not it is there. Links are followed."""
     target = Path(os.path.realpath(target))
-    return target.parent / f".{target.name}{_PARTIAL}"
+    return target.parent / f".{target.name}{PARTIAL}"
 
 
 @contextmanager
@@ -111,29 +134,36 @@ def building_site(target: Path, *, overwrite: bool) -> Iterator[Site]:
     """
     target = Path(os.path.realpath(target))
     root = site_of(target)
+    made: list[Path] = []
     try:
-        _refuse_existing(target, overwrite=overwrite)
-        descriptor = _hold(root, target)
+        refuse_existing(target, overwrite=overwrite)
+        descriptor = hold(root, target, made)
     except OSError as error:
+        is_long = error.errno == errno.ENAMETOOLONG
         raise CheckpointError(
-            f"cannot create the target: {error.strerror}", where=str(target)
+            f"cannot create the target: {error.strerror}",
+            where=str(target),
+            hint=f"it is built as {root.name}: give it a shorter name" if is_long else None,
         ) from error
     try:
-        site = Site(target, root, uuid.uuid4().hex)
+        site = Site(target, root, uuid.uuid4().hex, overwrite)
         with refusals(target):
-            _wait_for_writers(root, target)
+            wait_for_writers(root, target)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, site.claim.encode(), 0)
             site.give_back()
-            _refuse_existing(target, overwrite=overwrite)
+            refuse_existing(target, overwrite=overwrite)
         yield site
     finally:
         with suppress(OSError):
-            if {left.name for left in root.iterdir()} <= _LOCKS:
+            if {left.name for left in root.iterdir()} <= LOCKS:
                 (root / WRITERS_NAME).unlink(missing_ok=True)
                 # Whoever waits for this lock finds that it has no name any more: see `_hold`.
                 (root / LOCK_NAME).unlink()
-                root.rmdir()
+                for path in reversed(
+                    list(dict.fromkeys(made)) or [root]
+                ):  # parents of ours go while they are empty
+                    path.rmdir()
         os.close(descriptor)
 
 
@@ -158,149 +188,3 @@ def new_directory(target: Path, *, overwrite: bool) -> Iterator[Path]:
         finally:
             with suppress(OSError):
                 site.sweep()
-
-
-@contextmanager
-def refusals(target: Path) -> Iterator[None]:
-    """What the system refuses, as an error that names the target."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write the target: {error.strerror}", where=str(error.filename or target)
-        ) from error
-
-
-def _hold(root: Path, target: Path) -> int:
-    """Create a site where there is none, and take its lock.
-
-    Returns:
-        The descriptor that holds it until it is closed.
-    """
-    lock = root / LOCK_NAME
-    while True:
-        root.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            continue  # whoever held the site has just removed it
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), lock.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise TargetExistsError(
-                "another process is building this target",
-                where=[str(target), f"its lock {lock}"],
-                hint="wait for it, or choose another target",
-            ) from None
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno in _NO_LOCKS:
-                return descriptor  # a file system without locks: nothing keeps a second one away
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-
-
-@contextmanager
-def writing(root: Path, claim: str) -> Iterator[None]:
-    """Be one of those that write in a site, so that no later attempt begins before they end.
-
-    Args:
-        root: The site.
-        claim: Of the attempt that this process works for.
-
-    Raises:
-        CheckpointError: BR300, another attempt has taken over.
-    """
-    with refusals(root), _locked(root / WRITERS_NAME, fcntl.LOCK_SH):
-        if (root / LOCK_NAME).read_text(encoding="utf-8") != claim:
-            raise CheckpointError(
-                "another attempt has taken over what this one was building", where=str(root)
-            )
-        yield
-
-
-def _wait_for_writers(root: Path, target: Path) -> None:
-    deadline = time.monotonic() + _STRAGGLERS
-    while True:
-        try:
-            with _locked(root / WRITERS_NAME, fcntl.LOCK_EX):
-                return
-        except BlockingIOError:
-            if time.monotonic() < deadline:
-                time.sleep(0.1)
-                continue
-            raise TargetExistsError(
-                "a worker of an attempt that was killed is still writing this target",
-                where=[str(target), f"its lock {root / WRITERS_NAME}"],
-                hint="end it, or wait until it ends",
-            ) from None
-
-
-@contextmanager
-def _locked(path: Path, how: int) -> Iterator[None]:
-    """Hold a lock file; BlockingIOError where somebody else does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, how | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _refuse_existing(target: Path, *, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise TargetExistsError("the target is a file", where=str(target), hint="give a directory")
-    if is_occupied(target) and not overwrite:
-        raise TargetExistsError(
-            "the target already exists",
-            where=str(target),
-            hint="choose another directory, or pass --overwrite to replace it once the new one "
-            "is complete",
-        )
-
-
-def is_occupied(target: Path) -> bool:
-    """Whether there is a directory with anything in it."""
-    return target.is_dir() and any(target.iterdir())
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step.
-
-    Returns:
-        False where the system or the file system cannot: nothing has happened then.
-    """
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    names = _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other)
-    if rename(*names, _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _UNSUPPORTED:
-        return False
-    raise OSError(code, os.strerror(code), str(other))
-
-
-def sync_directories(directory: Path) -> None:
-    """Bring the names of all files below a directory to the disk."""
-    for path in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
-        sync_directory(path)
-
-
-def sync_directory(directory: Path) -> None:
-    """Bring the names in a directory to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

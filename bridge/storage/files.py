@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import mmap
 import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any, Final, Self
@@ -21,7 +19,6 @@ from bridge.tiling import Box, Shape
 
 _SMALL_ROW: Final = 4096  # bytes; narrower column slices are cut out of complete rows
 _SCRATCH: Final = 1 << 22  # bytes
-_POPULATE_READ: Final = 22  # MADV_POPULATE_READ of Linux 5.14; not in Python's mmap
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
@@ -51,26 +48,6 @@ def kernel_copy(source: int, target: int, nbytes: int, *, offset: int, at: int) 
     return done
 
 
-def _map(descriptor: int, offset: int, nbytes: int) -> mmap.mmap | None:
-    """Map bytes of a file, already read; None where that cannot be done.
-
-    Touching a page that cannot be read (a bad sector, a file cut short) would kill the process.
-    Populating reads all of them and fails like a read does instead.
-    """
-    if sys.platform != "linux":
-        return None
-    try:
-        mapped = mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_READ, offset=offset)
-    except (OSError, ValueError):
-        return None
-    try:
-        mapped.madvise(_POPULATE_READ)
-    except OSError:
-        mapped.close()
-        return None
-    return mapped
-
-
 class FileRanges:
     """Open files of one directory, read by position. Positional reads share no cursor."""
 
@@ -79,6 +56,7 @@ class FileRanges:
         self._descriptors: dict[str, int] = {}
         self._follow = links_are_followed()  # by whoever opens it; threads read it later
         self._lock = Lock()
+        self._buffers: list[Words] = []  # of windows that are closed
 
     def _descriptor(self, name: str) -> int:
         with self._lock:
@@ -96,7 +74,8 @@ class FileRanges:
         """Fill a C-contiguous array from `offset` on.
 
         Raises:
-            CorruptFileError: BR302, the file ends first, or the system cannot read it.
+            CorruptFileError: BR302, the file ends first.
+            CheckpointError: BR300, the system cannot read it.
         """
         view = memoryview(out.reshape(-1).view("u1").data)
         descriptor = self._descriptor(name)
@@ -104,9 +83,10 @@ class FileRanges:
             try:
                 count = os.preadv(descriptor, [view], offset)
             except OSError as error:
-                raise CorruptFileError(
+                raise CheckpointError(
                     f"cannot read at byte {offset}: {error.strerror}",
                     where=str(self.directory / name),
+                    hint="see to the disk or the network; the file need not be damaged",
                 ) from None
             if count == 0:
                 raise CorruptFileError(
@@ -119,32 +99,28 @@ class FileRanges:
 
     @contextmanager
     def window(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """See bytes of a file without copying them where the system allows it, else in a buffer.
+        """See bytes of a file for as long as the block lasts.
+
+        They are copied: a file that is mapped, and that somebody cuts short, would end the process
+        by a signal when it is looked at.
 
         Args:
             name: The file.
             offset: Of the first byte.
-            nbytes: All of them are in memory at once; more than none.
+            nbytes: All of them are in memory at once.
 
         Raises:
-            CorruptFileError: BR302, as `read_into`.
+            CorruptFileError, CheckpointError: As `read_into`.
         """
-        skip = offset % mmap.ALLOCATIONGRANULARITY
-        mapped = _map(self._descriptor(name), offset - skip, nbytes + skip)
-        if mapped is None:
+        with self._lock:
+            buffer = self._buffers.pop() if self._buffers else np.empty(0, "u1")
+        if buffer.size < nbytes:
             buffer = np.empty(nbytes, "u1")
-            self.read_into(name, offset, buffer)
-            yield buffer.data
-            return
-        view = memoryview(mapped)[skip:]
         try:
-            yield view
+            self.read_into(name, offset, buffer[:nbytes])
+            yield buffer[:nbytes].data
         finally:
-            # Where an array made of the view is still alive, as in an error's traceback, the pages
-            # go with it.
-            with suppress(BufferError):
-                view.release()
-                mapped.close()
+            self._buffers.append(buffer)
 
     def copy_to(self, name: str, offset: int, nbytes: int, *, target: int, at: int) -> None:
         """Copy bytes of a file to an open one, in the kernel where it can.
@@ -157,7 +133,7 @@ class FileRanges:
             at: Where the first byte goes.
 
         Raises:
-            CorruptFileError: BR302, as `read_into`.
+            CorruptFileError, CheckpointError: As `read_into`.
             OSError: The system refuses to write.
         """
         done = kernel_copy(self._descriptor(name), target, nbytes, offset=offset, at=at)

@@ -3,7 +3,7 @@
 A `Job` says what is being built and from what. It is written down before the first byte, and each
 file once it is complete and on the disk. Whoever goes on must have the same job; then the files
 that are noted, and that nobody has touched since, need not be written again. They are compared with
-the source like all others before the target appears.
+the source like all others before the target appears. What appears has a mark of its job.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeGuard
@@ -26,7 +27,8 @@ from bridge.errors import (
     ResumeError,
     VerificationError,
 )
-from bridge.storage.building import DATA_NAME, Site, sync_directory
+from bridge.storage.building import DATA_NAME, DONE, JOB_NAME, Site, building_site
+from bridge.storage.disk import refusals, sync_directory
 from bridge.storage.remote import Location
 from bridge.storage.source import FileLayout
 from bridge.strict_json import parse_json
@@ -34,8 +36,7 @@ from bridge.strict_json import parse_json
 logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION: Final = 1
-_JOB_NAME: Final = "job.json"
-_DONE: Final = "done-"
+_MARK: Final = "user.nemotron_bridge.job"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +126,7 @@ class Journal:
         sync_directory(path.parent)
         status = path.stat()
         line = {"file": layout.path, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-        with (self.root / f"{_DONE}{socket.gethostname()}-{os.getpid()}").open("ab") as stream:
+        with (self.root / f"{DONE}{socket.gethostname()}-{os.getpid()}").open("ab") as stream:
             stream.write(json.dumps(line).encode() + b"\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -141,17 +142,59 @@ def open_journal(site: Site, job: Job | None) -> Journal | None:
         site.sweep()
         site.data.mkdir()
         return None
-    found = _read_job(site.root / _JOB_NAME) if job.resume else None
+    found = _read_job(site.root / JOB_NAME) if job.resume else None
     if found is None:
         site.sweep()
         site.data.mkdir()
-        _write_whole(site.root / _JOB_NAME, json.dumps(job.to_dict(), indent=1).encode())
+        _write_whole(site.root / JOB_NAME, json.dumps(job.to_dict(), indent=1).encode())
         return Journal(site.root, site.claim)
     refuse_other_job(found, job, where=str(site.root))
     site.data.mkdir(exist_ok=True)
     complete = _completed(site)
     _keep_only(site.data, complete)
     return Journal(site.root, site.claim, frozenset(complete))
+
+
+def is_of(site: Site, job: Job) -> bool:
+    """Whether what is in a site, if there is anything, was begun for this job."""
+    found = _read_job(site.root / JOB_NAME)
+    return found is None or dict(found["what"]) == dict(job.what)
+
+
+def mark(directory: Path, job: Job) -> None:
+    """Say of a directory that it is complete, and what it is, as the file system keeps its times.
+
+    So no file of it differs, and no copy says so. Not where a file system keeps no such attributes.
+    """
+    with suppress(OSError, AttributeError):  # AttributeError: not Linux
+        os.setxattr(directory, _MARK, _mark_of(directory, job))
+
+
+def is_complete(target: Location, job: Job) -> bool:
+    """Whether a target has the mark of this job, and nobody has touched it or its source since.
+
+    Nothing is read: it is for what was not verified either.
+    """
+    try:
+        return isinstance(target, Path) and os.getxattr(target, _MARK) == _mark_of(target, job)
+    except (OSError, AttributeError):
+        return False
+
+
+def _mark_of(directory: Path, job: Job) -> bytes:
+    names = (str(path.relative_to(directory)) for path in directory.rglob("*"))
+    files = fingerprint(directory, sorted(names))
+    return hashlib.sha256(json.dumps([job.to_dict(), files]).encode()).hexdigest().encode()
+
+
+def clear_up(target: Path, job: Job) -> None:
+    """Do for a complete target what the attempt that made it was killed before."""
+    target = Path(os.path.realpath(target))
+    with refusals(target):
+        sync_directory(target.parent)
+    with suppress(BridgeError, OSError), building_site(target, overwrite=True) as site:
+        if is_of(site, job):
+            site.sweep()
 
 
 def refuse_other_job(found: Mapping[str, Any], job: Job, *, where: str) -> None:
@@ -181,16 +224,18 @@ def is_spoilt(error: BaseException) -> bool:
 def has_progress(site: Site) -> bool:
     """Whether anything is noted that going on would save."""
     try:
-        return bool(_completed(site))
+        return bool(_completed(site)) or not site.root.is_dir()
     except OSError:
-        return True  # what cannot be looked at may be there
+        return True  # what cannot be looked at may be there, as on a mount that has vanished
 
 
 def say_how_to_go_on(place: str, error: BaseException) -> None:
-    """Add to an error, or log where it has no hint, that the work so far is kept."""
+    """Add to an error that the work so far is kept; log it where the user has ended the work."""
     kept = f"--resume goes on with what is complete; to give it up, remove {place}"
     if isinstance(error, BridgeError):
         error.hint = f"{error.hint}; {kept}" if error.hint else kept
+    elif isinstance(error, Exception):
+        error.add_note(kept)
     else:
         logger.warning("%s", kept)
 
@@ -217,7 +262,7 @@ def _read_job(path: Path) -> Mapping[str, Any] | None:
 def _completed(site: Site) -> set[str]:
     """Files that are noted, and are as they were when they were noted."""
     found = set()
-    for notes in site.root.glob(f"{_DONE}*"):
+    for notes in site.root.glob(f"{DONE}*"):
         for line in notes.read_bytes().splitlines():
             try:
                 note = parse_json(line)

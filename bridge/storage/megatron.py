@@ -18,8 +18,10 @@ from typing import Any, Final, Self
 from bridge.dtypes import Dtype, Words
 from bridge.errors import CorruptFileError, DtypeMismatchError
 from bridge.parameters import Parameter
+from bridge.record import SIDE_DIRECTORY
 from bridge.spec import MAX_LAYERS, ModelSpec, ParallelLayout
 from bridge.storage.extents import Extent
+from bridge.storage.input_files import refuse_link_out
 from bridge.storage.remote import Location
 from bridge.storage.source import FileLayout, Payload, TensorInfo
 from bridge.storage.torch_dist_iteration import RELEASE, open_checkpoint, open_reader
@@ -81,6 +83,7 @@ class MegatronSource:
     def __init__(self, path: Location) -> None:
         self.directory, self.iteration = open_checkpoint(path.absolute())
         self.root = self.directory.parent
+        refuse_link_out(self.root / SIDE_DIRECTORY)  # whose files are carried into an export
         # Optimizer state is far bigger than the model; nothing of it is even looked at.
         self._reader = open_reader(self.directory, ignore=_is_beside)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -9,23 +10,28 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-from bridge.errors import UsageError
+from bridge.errors import CheckpointError, UsageError
 from bridge.progress import Advance
-from bridge.storage.building import building_site, new_directory, refusals, writing
+from bridge.storage.building import building_site, new_directory
+from bridge.storage.disk import refusals
 from bridge.storage.journal import (
     Job,
     Journal,
     has_progress,
     is_spoilt,
+    mark,
     open_journal,
     say_how_to_go_on,
 )
+from bridge.storage.locks import writing
 from bridge.storage.remote import Location, RemotePath
 from bridge.storage.remote_target import NewPrefix, new_prefix
 from bridge.storage.source import FileLayout, TensorSource
 from bridge.storage.target import write_small_file
 from bridge.tiling import Tiling
 from bridge.transfer import TransferLimits, write_files
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +122,20 @@ def new_checkpoint(
         with new_directory(target, overwrite=overwrite) as directory:
             yield NewDirectory(directory)
         return
-    with building_site(target, overwrite=overwrite) as site, refusals(site.target):
+    with building_site(target, overwrite=overwrite) as site:
         try:
-            journal = open_journal(site, job)
-        except OSError:
+            with refusals(site.target):
+                journal = open_journal(site, job)
+        except CheckpointError:
             if not has_progress(site):
                 with suppress(OSError):
                     site.sweep()
             raise
         try:
-            yield NewDirectory(site.data, journal)
-            site.place()
+            with refusals(site.target):
+                yield NewDirectory(site.data, journal)
+                mark(site.data, job)
+                site.place()
         except BaseException as error:
             if has_progress(site) and not is_spoilt(error):
                 say_how_to_go_on(str(site.root), error)
@@ -134,5 +143,10 @@ def new_checkpoint(
                 with suppress(OSError):
                     site.sweep()
             raise
-        with suppress(OSError):  # the target is complete; the next attempt would sweep as well
+        try:
             site.sweep()
+        except OSError as error:  # the target is complete all the same
+            logger.warning(
+                "what was replaced, or built on the way, is left in %s: %s",
+                site.root, error.strerror,
+            )  # fmt: skip

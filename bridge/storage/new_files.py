@@ -13,6 +13,7 @@ from typing import Self
 from bridge.errors import CheckpointError
 from bridge.storage.extents import Extent
 from bridge.storage.files import FileRanges, write_at
+from bridge.storage.target import make_parents
 
 # Python has no fdatasync on macOS.
 _flush = getattr(os, "fdatasync", os.fsync)
@@ -22,7 +23,8 @@ class NewFile:
     """A file that did not exist, written from several threads.
 
     Args:
-        path: Its directories are created.
+        directory: Is there.
+        name: Below it; directories between them are created.
         size: In bytes.
 
     Raises:
@@ -30,11 +32,11 @@ class NewFile:
             full, permissions).
     """
 
-    def __init__(self, path: Path, size: int) -> None:
-        self.path = path
+    def __init__(self, directory: Path, name: str, size: int) -> None:
+        self.path = directory / name
         with self._refusals():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            make_parents(directory, name)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             try:
                 if size and hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(self._descriptor, 0, size)  # a full disk is noticed early
@@ -42,6 +44,7 @@ class NewFile:
                 os.close(self._descriptor)
                 raise
         self._open = True
+        self._lost: OSError | None = None
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -67,13 +70,23 @@ class NewFile:
     def flush(self) -> None:
         """Bring to the disk what is written so far."""
         with self._refusals():
-            _flush(self._descriptor)
+            self._flush(_flush)
 
     def finish(self) -> None:
         """Bring everything to the disk and close."""
         with self._refusals():
-            os.fsync(self._descriptor)
+            self._flush(os.fsync)
         self.close()
+
+    def _flush(self, function: Callable[[int], None]) -> None:
+        """The system reports a failed write-back once: the next flush would pass over it."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            function(self._descriptor)
+        except OSError as error:
+            self._lost = error
+            raise
 
     def close(self) -> None:
         """Close, if that is not done yet."""
@@ -96,9 +109,9 @@ class Flusher:
         self._submitted: list[Future[None]] = []
         self._lock = Lock()
 
-    def create(self, path: Path, size: int) -> NewFile:
+    def create(self, directory: Path, name: str, size: int) -> NewFile:
         """A new file, closed at the end of the block at the latest."""
-        file = NewFile(path, size)
+        file = NewFile(directory, name, size)
         self._files.append(file)
         return file
 

@@ -18,9 +18,12 @@ _MAX_SIZE: Final = 1 << 24
 _MAX_DEPTH: Final = 100
 """Of what holds what; Python prints some hundreds, and real ones have about ten."""
 _MAX_OPCODES: Final = 1 << 25
-"""Each of which makes at most one object, of some 100 bytes."""
+"""Each of which makes at most one object, of some 100 bytes; sets are counted by themselves."""
 _MAX_REPEATED: Final = 1 << 28
 """Sizes of all tuples that are used again, added up: what hashing them all can cost."""
+_MAX_TUPLE_KEYS: Final = 1 << 12
+"""Text hashes with a secret, tuples of numbers do not: the hashes of all can be chosen to be one,
+and then a dict takes the square of their number. Checkpoints have none as keys."""
 
 
 def _argument_sizes() -> tuple[dict[int, int], dict[int, int], dict[int, int]]:
@@ -62,12 +65,31 @@ _PUTS: Final = frozenset(map(ord, "pqr"))
 _GETS: Final = frozenset(map(ord, "ghj"))
 _TUPLES: Final = frozenset(map(ord, "t\x85\x86\x87"))
 _REFUSED: Final = frozenset(map(ord, "\x82\x83\x84"))  # extension codes
+_LONG1, _LONG4, _INT, _LONG = (ord(code) for code in "\x8a\x8bIL")
+_INTEGERS: Final = frozenset({_LONG1, _LONG4, _INT, _LONG})
+"""Of any length. Python hashes integers modulo 2**61 - 1, so that longer ones can all collide, and
+a dict of such keys takes the square of their number; none of over 4300 digits can be printed."""
+_MIN, _MAX, _DIGITS = -(1 << 63), (1 << 64) - 1, 20
+_KEYS: Final = {
+    ord("s"): slice(1, 2),
+    ord("u"): slice(0, None, 2),
+    ord("d"): slice(0, None, 2),
+    0x90: slice(None),
+    0x91: slice(None),
+}
+"""Opcodes that put into dicts and sets, to where the keys are in what they take off the stack."""
+_MADE: Final = {ord("R"): 2, 0x91: 2}
+"""Opcodes that may make what is hashed by its contents, as torch's sizes and frozen sets are."""
+_EMPTY_SET: Final = 0x8F
+_COSTS: Final = {_EMPTY_SET: 1 << 8}
+"""Opcodes that make something far bigger than themselves, which may be done a million times."""
+_NO_KEYS: Final = slice(0)
 _FIXED, _PREFIXED, _LINES = _argument_sizes()
 _EFFECTS: Final = _stack_effects()
 _PLAIN: Final = {
     code: width
     for code, width in _FIXED.items()
-    if _EFFECTS[code] == (0, False, 1) and code not in {*_GETS, *_REFUSED, _MARK, _DUP}
+    if _EFFECTS[code] == (0, False, 1) and code not in {*_GETS, *_REFUSED, _MARK, _DUP, _EMPTY_SET}
 }
 """Opcodes that push one plain value, to their argument's bytes: most of any pickle."""
 
@@ -79,15 +101,16 @@ def refuse_bombs(data: bytes) -> None:
     bit can make that 30 GiB.
 
     Raises:
-        ValueError: An index above the number of bytes, tuples in tuples beyond all use, an opcode
-            that is unknown or means what this process has registered, or no end.
+        ValueError: An index above the number of bytes, tuples in tuples beyond all use, an integer
+            of more than 64 bits, thousands of tuples as keys, an opcode that is unknown or means
+            what this process has registered, or no end.
         LookupError: It takes what it has not put there.
     """
     position, size = 0, len(data)
     sizes: list[int] = []  # of what is on the stack: 1 of whatever no hash looks into
     marks: list[int] = []
     memo: dict[int, int] = {}
-    repeated = 0
+    repeated = tuple_keys = 0
     push = sizes.append
     for _ in range(_MAX_OPCODES):
         if position >= size:
@@ -126,14 +149,16 @@ def refuse_bombs(data: bytes) -> None:
         else:
             popped, to_mark, pushed = _EFFECTS[code]
             first = marks.pop() if to_mark else len(sizes) - popped
-            made = 1 + 2 * sum(sizes[first:]) if code in _TUPLES else 1
+            made = 1 + 2 * sum(sizes[first:]) if code in _TUPLES else _MADE.get(code, 1)
+            repeated += _COSTS.get(code, 0)
             if made > _MAX_SIZE or first < 0:
                 raise ValueError("it nests tuples beyond all use, or takes what is not there")
+            tuple_keys += sum(key > 1 for key in sizes[first:][_KEYS.get(code, _NO_KEYS)])
             del sizes[first - popped if to_mark else first :]
             if pushed:
                 push(made)
-        if repeated > _MAX_REPEATED:
-            raise ValueError("it repeats itself beyond all use")
+        if repeated > _MAX_REPEATED or tuple_keys > _MAX_TUPLE_KEYS:
+            raise ValueError("it repeats itself, or has tuples as keys, beyond all use")
     raise ValueError(f"it has more than {_MAX_OPCODES} opcodes")
 
 
@@ -143,13 +168,33 @@ def _after_argument(data: bytes, code: int, position: int) -> int:
     if code in _FIXED:
         return position + _FIXED[code]
     if code in _PREFIXED:
-        width = _PREFIXED[code]
-        return position + width + int.from_bytes(data[position : position + width], "little")
+        start = position + _PREFIXED[code]
+        end = start + int.from_bytes(data[position:start], "little")
+        if (
+            code in _INTEGERS
+            and not _MIN <= int.from_bytes(data[start:end], "little", signed=True) <= _MAX
+        ):
+            raise ValueError("an integer of more than 64 bits")
+        return end
     if code not in _LINES:
         raise ValueError(f"unknown opcode {code:#x}")
+    start = position
     for _ in range(_LINES[code]):
         position = data.find(b"\n", position) + 1 or len(data)
+    line = data[start:position].rstrip(b"L\n")
+    if code in _INTEGERS and (len(line) > _DIGITS or not _MIN <= int(line) <= _MAX):
+        raise ValueError("an integer of more than 64 bits")
     return position
+
+
+def refuse_keys(keys: Sequence[object]) -> None:
+    """Refuse what a set or a dict is to be made of at once, as the walk refuses keys one by one.
+
+    Raises:
+        ValueError: Thousands of them are tuples.
+    """
+    if sum(isinstance(key, tuple) for key in keys) > _MAX_TUPLE_KEYS:
+        raise ValueError("it has tuples as keys beyond all use")
 
 
 def refuse_repetition(value: object) -> None:

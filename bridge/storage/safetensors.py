@@ -109,6 +109,8 @@ def _check_metadata(found: object) -> None:
 def _stored(
     name: str, entry: Mapping[str, Any], file: str, data_start: int, where: str
 ) -> tuple[str, StoredTensor]:
+    if not (isinstance(entry["shape"], list) and isinstance(entry["data_offsets"], list)):
+        raise CorruptFileError(f"{name} has a shape or offsets that are no list", where=where)
     shape = tuple(entry["shape"])
     start, stop = entry["data_offsets"]
     integers = (*shape, start, stop)

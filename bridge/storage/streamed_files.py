@@ -41,7 +41,7 @@ class StreamedFiles:
         self._flusher = flusher
         try:
             for layout in self._layouts:
-                file = flusher.create(self._directory / layout.path, layout.size)
+                file = flusher.create(self._directory, layout.path, layout.size)
                 for offset, literal in layout.literals:
                     file.write(literal, offset)
                 self._places |= {payload.tensor: (file, payload) for payload in layout.payloads}

@@ -22,7 +22,7 @@ from bridge.hf_config import CONFIG_NAME, config_file, load_hf_config, spec_from
 from bridge.parameters import hf_tensors
 from bridge.progress import Progress, Silent
 from bridge.spec import ModelSpec
-from bridge.storage.journal import job_of
+from bridge.storage.journal import clear_up, is_complete, job_of
 from bridge.storage.philox import fill_words, mean_and_std
 from bridge.storage.remote import Location
 from bridge.storage.safetensors import INDEX_NAME
@@ -145,6 +145,10 @@ def synthesize(
     agree(crew, {"config": spec, "--seed": seed, "target's files": layouts})
     mine = share_of(crew, layouts, [layout.size for layout in layouts])
     job = job_of(layouts, {}, resume=resume, config=hashlib.sha256(raw).hexdigest(), seed=str(seed))
+    if resume and crew.gather(is_complete(target, job))[0]:
+        if crew.rank == 0 and isinstance(target, Path):
+            clear_up(target, job)
+        return nbytes
     with shared_checkpoint(
         target,
         overwrite=overwrite,

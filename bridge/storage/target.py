@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Final
 
-from bridge.errors import CheckpointError, UsageError
-from bridge.storage.input_files import read_input
+from bridge.errors import CheckpointError, UnsafeFileError, UsageError
+from bridge.storage.input_files import is_plain_name, read_input
 from bridge.storage.remote import Location, RemotePath
 
 MANIFEST_NAME: Final = "nemotron_bridge.manifest.json"
@@ -20,6 +20,9 @@ _WEIGHT_SUFFIXES: Final = frozenset(
 _WEIGHT_NAMES: Final = frozenset(
     {"model.safetensors.index.json", "pytorch_model.bin.index.json", "consolidated.safetensors"}
 )
+
+_LOADED_SUFFIXES: Final = frozenset({".distcp", ".jinja", ".json", ".model", ".py", ".yaml"})
+_LOADED_NAMES: Final = frozenset({".metadata", "latest_checkpointed_iteration.txt", "merges.txt"})
 
 
 def refuse_overlap(target: Location, sources: Iterable[Location]) -> None:
@@ -52,6 +55,17 @@ def _anchor(location: Location) -> tuple[object, PurePath]:
     return None, Path(os.path.realpath(path))
 
 
+def may_be_loaded(name: str) -> bool:
+    """Whether a file of this name, beside others, could change what a loader makes of a model."""
+    path = PurePosixPath(name)
+    return (
+        _is_weight(path)
+        or path.suffix in _LOADED_SUFFIXES
+        or path.name in _LOADED_NAMES
+        or path.parts[0].startswith("iter_")
+    )
+
+
 def side_files(directory: Location) -> tuple[list[str], list[str]]:
     """What an HF checkpoint holds besides its weights, relative, sorted.
 
@@ -59,6 +73,9 @@ def side_files(directory: Location) -> tuple[list[str], list[str]]:
         The files to carry: configuration, tokenizer, generation settings, chat template, remote
         code, licence and whatever else the publisher put there. And those that stay behind:
         weights in other formats, hidden directories, linked directories.
+
+    Raises:
+        UnsafeFileError: BR307, a name that no record can hold.
     """
     carried, left = [], []
     root = PurePosixPath(str(directory))
@@ -73,22 +90,36 @@ def side_files(directory: Location) -> tuple[list[str], list[str]]:
         # A download from the Hub is a directory of links to files, so links count as files.
         elif not path.is_file() or hidden or _is_weight(path):
             left.append(name)
-        elif name == MANIFEST_NAME:
-            continue
-        else:
+        elif name != MANIFEST_NAME:
             carried.append(name)
+    if strange := [name for name in carried if not all(map(is_plain_name, name.split("/")))]:
+        raise UnsafeFileError(
+            "names of files that no record can hold",
+            where=[f"{directory}/{name}" for name in strange],
+            hint="rename the files: no backslash, nothing that cannot be printed, and UTF-8",
+        )
     return carried, left
 
 
-def _is_weight(path: Location) -> bool:
+def _is_weight(path: PurePath | RemotePath) -> bool:
     return path.suffix in _WEIGHT_SUFFIXES or path.name in _WEIGHT_NAMES
+
+
+def make_parents(directory: Path, name: str) -> None:
+    """Make the directories of a file below one that is there.
+
+    That one is not made: where its mount has vanished, it would come to lie on the disk beneath.
+    """
+    for parent in reversed(PurePosixPath(name).parents):
+        if parent.name:
+            (directory / parent).mkdir(exist_ok=True)
 
 
 def write_small_file(directory: Path, name: str, data: bytes) -> None:
     """Write a file of a directory under construction, and make sure it is on the disk."""
     path = directory / name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_parents(directory, name)
         with path.open("xb") as stream:
             stream.write(data)
             stream.flush()

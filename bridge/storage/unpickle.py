@@ -24,7 +24,6 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from reprlib import repr as brief
 from types import FunctionType
 from typing import Any, ClassVar, Final, Never, Self
@@ -39,7 +38,7 @@ from bridge.storage.pickle_names import (
     object_allows,
     tensor_allows,
 )
-from bridge.storage.pickle_scan import refuse_bombs, refuse_repetition
+from bridge.storage.pickle_scan import refuse_bombs, refuse_keys, refuse_repetition
 from bridge.tiling import Shape
 
 # What a damaged or hostile pickle makes `pickle.Unpickler` raise; nothing of it runs foreign code.
@@ -149,6 +148,27 @@ class _Storage:
     __setstate__ = _no_state
 
 
+class _Call:
+    """A function of ours, of which a pickle gets nothing but what it returns."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
+
+    def __call__(self, *args: object) -> object:
+        return self._function(*args)
+
+    __setstate__ = _no_state
+
+
+def _set_names(space: argparse.Namespace, state: object) -> None:
+    """Be `__setstate__` of a namespace: what it holds, and nothing of its class."""
+    if not isinstance(state, dict) or not all(type(name) is str for name in state):
+        raise ValueError(f"a state for a namespace: {brief(state)}")
+    vars(space).update(state)
+
+
 def _integers(values: object) -> tuple[int, ...]:
     if not isinstance(values, tuple) or not all(type(v) is int and v >= 0 for v in values):
         raise ValueError(f"not sizes: {brief(values)}")
@@ -195,20 +215,34 @@ def _plain_dict(*args: object) -> dict[object, object]:
     return dict(args[-1]) if args and isinstance(args[-1], dict) else {}
 
 
+def _ordered(pairs: Sequence[Sequence[object]] = ()) -> OrderedDict[object, object]:
+    refuse_keys([key for key, _ in pairs])
+    return OrderedDict((key, value) for key, value in pairs)
+
+
+def _set(values: Sequence[object] = ()) -> set[object]:
+    refuse_keys(values)
+    return set(values)
+
+
+def _frozenset(values: Sequence[object] = ()) -> frozenset[object]:
+    return frozenset(_set(values))
+
+
 _TENSORS: Final[dict[tuple[str, str], object]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_tensor_v3"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch", "Size"): _size,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _ordered,
 }
 _OBJECTS: Final[dict[tuple[str, str], object]] = {
     **_TENSORS,
     ("argparse", "Namespace"): argparse.Namespace,
     ("collections", "defaultdict"): _plain_dict,
     ("collections", "Counter"): _plain_dict,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
+    ("builtins", "set"): _set,
+    ("builtins", "frozenset"): _frozenset,
     ("_codecs", "encode"): _encode,
 }
 
@@ -227,9 +261,9 @@ class _Unpickler(pickle.Unpickler):
         # A pickle can set the state of whatever it gets, so it gets things of this load alone.
         known = self._known.get((module, name))
         if isinstance(known, FunctionType):
-            return partial(known)
+            return _Call(known)
         if known is argparse.Namespace:
-            return type("Namespace", (argparse.Namespace,), {})
+            return type("Namespace", (argparse.Namespace,), {"__setstate__": _set_names})
         if known is not None:
             return known
         if module == "torch":

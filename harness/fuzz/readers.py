@@ -302,7 +302,7 @@ def marker(root: Path) -> None:
 
 def manifest(root: Path) -> None:
     """`verify --manifest`, of one whose own hash is right: a stranger can see to that."""
-    from bridge.manifest import check_manifest
+    from bridge.manifest_check import check_manifest
     from bridge.storage.target import MANIFEST_NAME
 
     path = root / world.MEGATRON / MANIFEST_NAME
@@ -319,11 +319,13 @@ def site(root: Path) -> None:
     """What a killed conversion has left beside its target, as `--resume` reads it."""
     from bridge.storage.building import building_site, site_of
     from bridge.storage.journal import Job, open_journal
+    from bridge.storage.locks import LOCK_NAME
 
     target = root / "texts" / "target"
     place = site_of(target)
     (place / "data").mkdir(parents=True, exist_ok=True)
     (place / "data" / "a").write_bytes(b"12345")
+    (place / LOCK_NAME).touch()
     kept = {"job.json": "job.json", "done.jsonl": "done-here-1"}
     for file, there in kept.items():
         (place / there).write_bytes((root / "texts" / file).read_bytes())

@@ -15,6 +15,9 @@ from typing import Any, Final, get_args
 
 import numpy as np
 
+from bridge.errors import BridgeError, CheckpointError
+from bridge.storage.input_files import read_input
+from bridge.strict_json import parse_json
 from harness.compare import Finding
 from harness.errors import EvidenceError
 from harness.runner import Result, RunReport, Status
@@ -191,10 +194,10 @@ def read_evidence(path: Path) -> dict[str, Any]:
     """
     file = path / FILE_NAME if path.is_dir() else path
     try:
-        data = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        data = parse_json(read_input(file))
+    except (OSError, ValueError, RecursionError, CheckpointError) as error:
         raise EvidenceError(
-            f"cannot read evidence: {error}",
+            f"cannot read evidence: {error.message if isinstance(error, BridgeError) else error}",
             where=str(file),
             hint="give an evidence.json, or the directory that --report named",
         ) from None

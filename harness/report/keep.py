@@ -20,6 +20,7 @@ from bridge.outputs import write_atomically
 from harness.faults.journal import FILE_NAME as UNITS
 from harness.faults.journal import read_matrix
 from harness.report.evidence import FILE_NAME, read_evidence, validate
+from harness.report.files import report_directory
 from harness.report.markdown import markdown, matrix_markdown
 
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         data = kept(read_evidence(options.report), details=not options.no_details)
         name, text, report = FILE_NAME, lines(data), markdown(data)
-    options.directory.mkdir(parents=True, exist_ok=True)
+    report_directory(options.directory)
     write_atomically(options.directory / name, text)
     write_atomically(options.directory / "report.md", report)
 

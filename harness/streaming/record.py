@@ -140,10 +140,11 @@ def _arrays(raw: BinaryIO) -> dict[str, Array]:
             Damaged archives raise any of `_DAMAGE`.
     """
     found = {}
+    size = raw.seek(0, io.SEEK_END)
     with zipfile.ZipFile(raw) as archive:
         for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{info.filename} is compressed")
+            if info.compress_type != zipfile.ZIP_STORED or info.compress_size > size:
+                raise ValueError(f"{info.filename} is compressed, or bigger than the archive")
             data = io.BytesIO(archive.read(info))
             np.lib.format.read_magic(data)
             shape, fortran, kind = np.lib.format.read_array_header_1_0(data)

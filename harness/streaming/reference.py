@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bridge.hf_config import CONFIG_NAME
+from bridge.hf_fields import CARRIED
 from bridge.tiling import Tile, Tiling
 from harness.errors import ReferenceUnavailableError
 from harness.probes import Probe
@@ -60,18 +61,21 @@ def _empty_model(config: Mapping[str, Any]) -> Module:
 
     import bridge.decilm  # noqa: F401 - registers DeciLM with the Auto classes
 
-    fields = {name: value for name, value in config.items() if name != "model_type"}
+    # What computes, and nothing that only classes and names are made of.
+    fields = {name: value for name, value in config.items() if name not in {"model_type", *CARRIED}}
     # By name: releases of the hub's client before 1.0 have none, and raise the others.
     strict = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)
     try:
         read = transformers.AutoConfig.for_model(config["model_type"], **fields)
-    except (ValueError, TypeError, strict) as error:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                read, attn_implementation="eager", trust_remote_code=False
+            )
+    except (ValueError, TypeError, AttributeError, KeyError, AssertionError, strict) as error:
         raise ReferenceUnavailableError(
             f"transformers does not take this configuration: {' '.join(str(error).split())}",
             where=CONFIG_NAME,
         ) from error
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(read, attn_implementation="eager")
     rotary = model.model.rotary_emb
     if any(one.is_meta for one in rotary.buffers()):
         model.model.rotary_emb = type(rotary)(config=model.config)

@@ -6,12 +6,12 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+from bridge.scratch import held_directory
 from harness.rank_processes import LocalRanks, LocalWorker, dump_stacks
 from harness.ranks import RankSettings
 from harness.torchrun.meeting import Member, join, meet
@@ -26,8 +26,8 @@ def keep() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the lead hears of it, too, and then closes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     store = meet()
-    with tempfile.TemporaryDirectory(prefix="nemotron-bridge-rank-") as private:
-        keeper = _Keeper(join(store, Member.here()), Path(private))
+    with held_directory() as private:
+        keeper = _Keeper(join(store, Member.here()), private)
         try:
             keeper.serve()
         finally:

@@ -10,7 +10,8 @@ from typing import Any, Final
 import numpy as np
 
 from bridge.dtypes import dtype_named
-from bridge.errors import TargetExistsError
+from bridge.errors import CheckpointError
+from bridge.storage.building import new_directory
 from harness.toys.model import Toy
 
 _SHARDS: Final = 4
@@ -24,24 +25,34 @@ def write_checkpoint(
     dtype: str = "float32",
     seed: int = 0,
     max_shard_size: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write configuration, weights in several shards with their index, and side files.
 
     Args:
         toy: The model.
-        directory: Created; must not exist or be empty.
+        directory: Created; must not exist or be empty, unless it is to be overwritten.
         dtype: `float32` or `bfloat16`; also what `config.json` then says.
         seed: Of the weights.
         max_shard_size: Bytes of tensors in a shard; a larger tensor has one of its own. By default
             what gives about four shards.
+        overwrite: Replace a checkpoint that is there.
 
     Raises:
-        TargetExistsError: BR304, the directory holds something.
+        TargetExistsError: BR304, the directory holds something that is not to be replaced.
+        CheckpointError: BR300, the system refuses; nothing is left then.
         DtypeMismatchError: BR303, weights cannot be drawn in this dtype.
     """
-    if directory.exists() and any(directory.iterdir()):
-        raise TargetExistsError("the directory is not empty", where=str(directory))
-    directory.mkdir(parents=True, exist_ok=True)
+    from safetensors import SafetensorError
+
+    with new_directory(directory, overwrite=overwrite) as new:
+        try:
+            _fill(toy, new, dtype=dtype, seed=seed, max_shard_size=max_shard_size)
+        except SafetensorError as error:  # as which it tells of a full disk
+            raise CheckpointError(f"cannot write weights: {error}", where=str(directory)) from None
+
+
+def _fill(toy: Toy, directory: Path, *, dtype: str, seed: int, max_shard_size: int | None) -> None:
     config = toy.config_for(dtype)
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name, content in side_files(toy).items():

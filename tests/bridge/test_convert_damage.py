@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from bridge import comparison, transfer
 from bridge.convert import export_checkpoint, import_checkpoint
 from bridge.errors import (
     AccountingError,
@@ -161,6 +163,19 @@ def test_a_record_of_shards_without_their_index_is_refused(
         export_checkpoint(tmp_path / "megatron", tmp_path / "back")
 
 
+@pytest.mark.parametrize("index", ["!!!", "", "e30=junk", "W10=", "e30="], ids=repr)
+def test_an_index_in_the_record_that_is_none_is_refused(
+    super_checkpoint: Path, tmp_path: Path, index: str
+) -> None:
+    """Before anything is written: no base64, nothing, more than that, a list, no weights."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    path = tmp_path / "megatron" / RECORD_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"index": index}))
+    with pytest.raises(CorruptFileError) as caught:
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert [Path(place).name for place in caught.value.where] == [RECORD_NAME]
+
+
 def damage_payload(root: Path, tensor: str, *, last_row: bool) -> None:
     """Overwrite two bytes of a stored parameter, in its first or its last row."""
     from bridge.storage.torch_dist_read import TorchDistReader
@@ -266,3 +281,25 @@ def test_a_parameter_stored_under_two_keys_is_refused(
         shutil.copy(tmp_path / "megatron" / "iter_0000000" / file, twice / file)
     with pytest.raises(CorruptFileError, match="is stored as"):
         export_checkpoint(twice, tmp_path / "back", hf_model=super_checkpoint)
+
+
+@pytest.mark.parametrize("stage", ["copied", "compared"])
+def test_a_source_cut_short_meanwhile_is_named(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """While its bytes are looked at: an error as at any other time, and no signal."""
+    room = transfer if stage == "copied" else comparison
+    name = "crc32" if stage == "copied" else "first_and_count"
+    look = getattr(room, name)
+    shards = sorted(map(str, super_checkpoint.glob("*.safetensors")))
+
+    def cut(*args: object, **kwargs: object) -> object:
+        for shard in shards:
+            os.truncate(shard, 0)
+        return look(*args, **kwargs)
+
+    monkeypatch.setattr(room, name, cut)
+    with pytest.raises(CorruptFileError, match="the file ends at byte") as caught:
+        import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    assert caught.value.where[0] in shards
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

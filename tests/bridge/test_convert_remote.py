@@ -216,8 +216,8 @@ def test_progress_comes_out_even(
     watching = Watching()
     target = parse_location(TARGET) if url else tmp_path / "out"
     convert(checkpoints, target, ConversionOptions(progress=watching))
-    assert [name for name, _, _ in watching.phases] == ["convert", "verify", "hash"]
-    (written, _), (expected, _), _ = ((total, done) for _, total, done in watching.phases)
+    assert [name for name, _, _ in watching.phases] == ["convert", "hash", "verify"]
+    (written, _), _, (expected, _) = ((total, done) for _, total, done in watching.phases)
     assert [done for _, _, done in watching.phases] == [total for _, total, _ in watching.phases]
     assert (written > 1.9 * expected) is url
     del store, result, visible

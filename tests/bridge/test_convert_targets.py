@@ -29,8 +29,12 @@ def test_an_existing_target_is_kept_unless_overwriting_is_asked_for(
     (target / "precious").write_text("mine")
     with pytest.raises(TargetExistsError):
         import_checkpoint(super_checkpoint, target)
+    overwriting = ConversionOptions(overwrite=True)
+    with pytest.raises(TargetExistsError, match="no checkpoint"):
+        import_checkpoint(super_checkpoint, target, options=overwriting)
     assert [path.name for path in target.iterdir()] == ["precious"]
-    import_checkpoint(super_checkpoint, target, options=ConversionOptions(overwrite=True))
+    (target / "config.json").touch()
+    import_checkpoint(super_checkpoint, target, options=overwriting)
     assert not (target / "precious").exists()
     assert (target / "latest_checkpointed_iteration.txt").read_text() == "0"
 
@@ -149,6 +153,7 @@ def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(
     before = files_of(tmp_path / "megatron")
     site = tmp_path / ".megatron.partial"
     (site / "data").mkdir(parents=True)
+    (site / "lock").touch()
     (tmp_path / "megatron").rename(site / "old")
     with pytest.raises(TargetExistsError):
         import_checkpoint(super_checkpoint, tmp_path / "megatron")
@@ -174,5 +179,22 @@ def test_a_synthetic_checkpoint_does_not_replace_its_own_configuration(
             max_shard_size=10**9,
             limits=TransferLimits(),
             overwrite=True,
+        )
+    assert before == files_of(super_checkpoint)
+
+
+def test_links_into_the_target_are_no_source_to_overwrite_it_from(
+    super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """The only copy of the weights would go with the old target."""
+    (tmp_path / "linked").mkdir()
+    for path in super_checkpoint.iterdir():
+        (tmp_path / "linked" / path.name).symlink_to(path)
+    before = files_of(super_checkpoint)
+    with pytest.raises(UsageError, match="one inside the other"):
+        import_checkpoint(
+            tmp_path / "linked",
+            super_checkpoint,
+            options=ConversionOptions(overwrite=True, follow_links=True),
         )
     assert before == files_of(super_checkpoint)

@@ -228,10 +228,36 @@ def test_no_rope_value_is_ignored(key: str) -> None:
     assert any(key in place for place in error.value.where)
 
 
+BUILT_OF: dict[str, object] = {
+    "auto_map": {"AutoConfig": "code.Config", "AutoTokenizer": ["code.Slow", None]},
+    "num_labels": 3,
+    "pad_token_id": 5,
+}
+"""Carried fields of which transformers builds something."""
+
+
 @pytest.mark.parametrize("name", sorted(CARRIED))
 def test_carried_fields_change_nothing(name: str) -> None:
     """A carried field, whatever it holds, leaves the model as it is."""
-    assert spec_from_hf_config(llama(**{name: {"any": ["thing", 1]}})) == LLAMA_SPEC
+    value = BUILT_OF.get(name, {"any": ["thing", 1]})
+    assert spec_from_hf_config(llama(**{name: value})) == LLAMA_SPEC
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_labels", 30_000_000), ("num_labels", -1), ("num_labels", "2"), ("num_labels", True),
+        ("auto_map", "code.Config"), ("auto_map", {"AutoConfig": 5}),
+        ("auto_map", {"AutoConfig": ["code.Config", 5]}),
+        ("pad_token_id", 10**9), ("pad_token_id", "<pad>"), ("pad_token_id", True),
+        ("id2label", 5), ("label2id", ["a"]), ("task_specific_params", "x"),
+    ],
+)  # fmt: skip
+def test_a_carried_field_that_no_loader_could_use_is_named(name: str, value: object) -> None:
+    """Transformers would build tables of any length of it, or fail with a traceback."""
+    with pytest.raises(InconsistentConfigError) as error:
+        spec_from_hf_config(llama(**{name: value}))
+    assert any(name in place for place in error.value.where)
 
 
 REFUSED: dict[str, list[object]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -11,9 +12,13 @@ import pytest
 from safetensors import safe_open
 
 from bridge.conversion import ConversionOptions
+from bridge.conversion_job import ConversionJob
 from bridge.convert import export_checkpoint, import_checkpoint
-from bridge.errors import CheckpointError, CorruptFileError
-from bridge.manifest import check_manifest, read_manifest
+from bridge.errors import CheckpointError, CorruptFileError, UnsafeFileError, VerificationError
+from bridge.manifest import read_manifest
+from bridge.manifest_check import check_manifest
+from bridge.storage.new_checkpoint import NewDirectory
+from bridge.storage.source import TensorSource
 from bridge.storage.target import MANIFEST_NAME
 
 
@@ -167,3 +172,75 @@ def test_nothing_vouches_for_what_was_not_compared(super_checkpoint: Path, tmp_p
     assert (tmp_path / "back" / MANIFEST_NAME).exists()
     import_checkpoint(tmp_path / "back", tmp_path / "again")
     assert not (tmp_path / "again" / "hf_source" / MANIFEST_NAME).exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "iter_0000000/__9_0.distcp", "model.py"])
+def test_a_file_that_a_loader_would_take_is_not_passed_over(
+    pair: tuple[Path, Path], name: str
+) -> None:
+    """Every byte is as it was written, and yet other weights are loaded."""
+    for directory in pair:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(b"")
+        (directory / "notes.md").write_text("mine")
+        report = check_manifest(directory)
+        assert list(report.differences) == [f"{name}: was not there"]
+        assert list(report.not_listed) == ["notes.md"]
+
+
+def test_links_and_pipes_that_came_are_named(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """They are no files, and no loader asks."""
+    os.mkfifo(pair[1] / "pipe")
+    (pair[1] / "more").symlink_to(tmp_path)
+    assert list(check_manifest(pair[1]).not_listed) == ["more", "pipe"]
+
+
+@pytest.mark.parametrize("name", [b"back\\slash.txt", b"\xffnotes.txt"])
+def test_a_name_that_no_record_can_hold_is_refused_at_once(
+    super_checkpoint: Path, tmp_path: Path, name: bytes
+) -> None:
+    """Not when the manifest is read again."""
+    Path(os.fsdecode(os.fsencode(super_checkpoint) + b"/" + name)).touch()
+    with pytest.raises(UnsafeFileError, match="no record can hold"):
+        import_checkpoint(super_checkpoint, tmp_path / "megatron")
+
+
+def test_what_is_hashed_has_been_compared(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bit that flips while the target is looked at is in no manifest."""
+    verify = ConversionJob.verify
+
+    def late(job: ConversionJob, *sides: TensorSource) -> dict[str, str]:
+        (file,) = (tmp_path / ".megatron.partial" / "data").rglob("__0_0.distcp")
+        before = file.read_bytes()
+        found = verify(job, *sides)
+        assert file.read_bytes() == before
+        flip(file, len(before) // 2)
+        return found
+
+    monkeypatch.setattr(ConversionJob, "verify", late)
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    assert check_manifest(tmp_path / "megatron").differences
+
+
+@pytest.mark.parametrize("what", ["gone", "stray", "manifest"])
+def test_small_files_that_change_before_the_end_are_noticed(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """One that is gone, one that nobody wrote, the manifest itself."""
+    write = NewDirectory.write_small_file
+
+    def spoil(new: NewDirectory, name: str, data: bytes) -> None:
+        if name == MANIFEST_NAME and what == "gone":
+            (new.place / "latest_checkpointed_iteration.txt").unlink()
+        if name == MANIFEST_NAME and what == "stray":
+            (new.place / "stray.bin").touch()
+        write(new, name, data)
+        if name == MANIFEST_NAME and what == "manifest":
+            flip(new.place / name, 100)
+
+    monkeypatch.setattr(NewDirectory, "write_small_file", spoil)
+    with pytest.raises(VerificationError):
+        import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()

@@ -242,3 +242,11 @@ def test_rope_values_without_a_flag_are_refused() -> None:
     """Megatron-LM would run another model and say nothing."""
     with pytest.raises(UnsupportedFieldError, match="only its factor is a flag"):
         megatron_lm_flags(SPECS["odd rope"])
+
+
+def test_layers_beyond_any_model_are_refused_before_there_are_any() -> None:
+    """10^12 of them would take all memory."""
+    args = args_of(LLAMA, num_layers=10**12 // 2)
+    with pytest.raises(InconsistentConfigError) as caught:
+        spec_from_checkpoint_args(args)
+    assert any("num_layers" in place for place in caught.value.where)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import traceback
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +15,8 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from bridge.conversion import DONE_ALREADY, ConversionOptions
+from bridge.conversion import ConversionOptions
+from bridge.conversion_job import ConversionJob
 from bridge.convert import export_checkpoint, import_checkpoint
 from bridge.errors import (
     CheckpointError,
@@ -22,7 +26,9 @@ from bridge.errors import (
     UsageError,
     VerificationError,
 )
-from bridge.storage import new_files
+from bridge.manifest import read_manifest
+from bridge.record import sha256_of
+from bridge.storage import building, new_files
 from bridge.storage.remote import parse_location
 from bridge.storage.synthetic import synthesize
 from bridge.storage.target import MANIFEST_NAME
@@ -30,6 +36,9 @@ from bridge.transfer import TransferLimits
 
 Store: TypeAlias = Any
 Failing = Callable[[int], None]
+DONE_ALREADY = (
+    "nothing to do: the target was complete, and has the hashes of its manifest, like its source"
+)
 ONE_AT_A_TIME = TransferLimits(threads=1)
 RESUME = ConversionOptions(resume=True, limits=ONE_AT_A_TIME)
 
@@ -190,11 +199,66 @@ def test_another_conversion_is_not_gone_on_with(
         import_checkpoint(super_checkpoint, tmp_path / "megatron", options=RESUME)
 
 
+@pytest.mark.parametrize("kind", [PermissionError, ZeroDivisionError])
+def test_a_failure_of_the_last_step_is_one_message(
+    super_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[Exception],
+) -> None:
+    """How to go on is in it, in an error of ours and in a crash: nothing is logged beside it."""
+
+    def place(site: building.Site) -> None:
+        raise kind(errno.EACCES, os.strerror(errno.EACCES), str(site.target))
+
+    monkeypatch.setattr(building.Site, "place", place)
+    with pytest.raises((CheckpointError, kind)) as caught:
+        import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    kept = f"--resume goes on with what is complete; to give it up, remove {tmp_path}/.megatron.pa"
+    said = "".join(traceback.format_exception_only(caught.value))
+    assert said.count(kept) == 1
+    assert isinstance(caught.value, CheckpointError) == (kind is PermissionError)
+    assert caplog.records == []
+
+
+def test_a_mount_that_vanishes_is_not_built_anew_beneath(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left there is the empty mount point; back again, it holds what is gone on with."""
+    mount, away = tmp_path / "mount", tmp_path / "away"
+    mount.mkdir()
+    expected = clean(super_checkpoint, tmp_path / "clean")
+    create, left = new_files.Flusher.create, [2]
+
+    def vanishing(flusher: new_files.Flusher, *args: Any) -> new_files.NewFile:  # noqa: ANN401
+        if left[0] == 0:
+            wait(flusher._submitted)  # and noted
+            mount.rename(away)
+            mount.mkdir()
+        left[0] -= 1
+        return create(flusher, *args)
+
+    monkeypatch.setattr(new_files.Flusher, "create", vanishing)
+    with pytest.raises(CheckpointError, match="No such file or directory") as caught:
+        resume(super_checkpoint, mount / "megatron")
+    assert caught.value.code == "BR300"
+    assert "--resume goes on" in str(caught.value)
+    assert list(mount.iterdir()) == []
+    monkeypatch.undo()
+    mount.rmdir()
+    away.rename(mount)
+    kept = identities(mount)
+    resume(super_checkpoint, mount / "megatron")
+    assert everything(mount / "megatron") == expected
+    assert len(identities(mount / "megatron") & kept) >= 2
+
+
 def test_a_source_that_changes_meanwhile_makes_no_target(
     super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where the bytes that were read make a whole: nobody could say of what."""
-    from bridge.conversion import ConversionJob
+    from bridge.conversion_job import ConversionJob
 
     seal = ConversionJob.seal
 
@@ -213,6 +277,7 @@ def test_a_complete_target_is_nothing_to_do(super_checkpoint: Path, tmp_path: Pa
     """A kill after the last step: the loop that tries again ends well."""
     expected = clean(super_checkpoint, tmp_path / "megatron")
     (tmp_path / ".megatron.partial" / "data").mkdir(parents=True)
+    (tmp_path / ".megatron.partial" / "lock").touch()
     report = import_checkpoint(
         super_checkpoint,
         tmp_path / "megatron",
@@ -220,12 +285,83 @@ def test_a_complete_target_is_nothing_to_do(super_checkpoint: Path, tmp_path: Pa
         pipeline_model_parallel_size=2,
         options=RESUME,
     )
-    assert set(DONE_ALREADY) <= set(report.notes)
+    assert DONE_ALREADY in report.notes
     assert report.verified
     assert everything(tmp_path / "megatron") == expected
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron"}
     with pytest.raises(TargetExistsError):  # of other ranks
         import_checkpoint(super_checkpoint, tmp_path / "megatron", options=RESUME)
+
+
+def unverified(what: str, source: Path, root: Path, *, seed: int = 0) -> Path:
+    """A target that nothing was compared of and that has no manifest; the attempt after a kill."""
+    target = root / what
+    options = replace(RESUME, verify="none")
+    if what == "imported":
+        import_checkpoint(source, target, options=options)
+    elif what == "exported":
+        export_checkpoint(source, target, options=options)
+    else:
+        synthesize(
+            source / "config.json", target,
+            seed=seed, max_shard_size=500_000, limits=ONE_AT_A_TIME, resume=True,
+        )  # fmt: skip
+    return target
+
+
+@pytest.mark.parametrize("what", ["imported", "exported", "synthesized"])
+@pytest.mark.parametrize("left", ["the site", "nothing"])
+def test_a_complete_target_without_hashes_is_nothing_to_do(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, left: str
+) -> None:
+    """Be it killed right after the last rename, or after the last call: no byte is written."""
+    root = tmp_path / "root"
+    root.mkdir()
+    source = super_checkpoint
+    if what == "exported":
+        source = tmp_path / "megatron"
+        import_checkpoint(super_checkpoint, source)
+    if left == "the site":
+
+        def killed(site: building.Site) -> None:
+            if site.target.exists():
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(building.Site, "sweep", killed)
+            with pytest.raises(KeyboardInterrupt):
+                unverified(what, source, root)
+        assert (root / f".{what}.partial" / "job.json").exists()
+    else:
+        unverified(what, source, root)
+    before = {path: path.stat().st_mtime_ns for path in (root / what).rglob("*")}
+    assert before
+    monkeypatch.setattr(new_files.Flusher, "create", None)
+    target = unverified(what, source, root)
+    assert {path: path.stat().st_mtime_ns for path in target.rglob("*")} == before
+    assert list(root.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("changed", ["source", "target", "seed", "no attributes"])
+def test_a_complete_target_without_hashes_is_taken_by_its_mark_alone(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """Of this job, of this source, untouched since, and where a file system keeps it."""
+    what = "synthesized" if changed == "seed" else "imported"
+    if changed == "no attributes":
+
+        def unsupported(*_: object) -> None:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+        monkeypatch.setattr(os, "setxattr", unsupported)
+    target = unverified(what, super_checkpoint, tmp_path)
+    touched = {"source": super_checkpoint, "target": target}.get(changed)
+    if touched is not None:
+        os.utime(next(path for path in touched.rglob("*") if path.is_file()), ns=(1, 1))
+    expected = everything(target)
+    with pytest.raises(TargetExistsError, match="already exists"):
+        unverified(what, super_checkpoint, tmp_path, seed=int(changed == "seed"))
+    assert everything(target) == expected
 
 
 def test_a_complete_target_is_not_taken_on_trust(super_checkpoint: Path, tmp_path: Path) -> None:
@@ -241,6 +377,128 @@ def test_a_complete_target_is_not_taken_on_trust(super_checkpoint: Path, tmp_pat
     config.write_bytes(config.read_bytes() + b" ")
     with pytest.raises(ResumeError, match="its source has changed"):
         resume(super_checkpoint, tmp_path / "megatron")
+
+
+def test_a_file_that_has_come_to_a_complete_target_is_seen(
+    super_checkpoint: Path, tmp_path: Path
+) -> None:
+    """As `verify --manifest` sees it: a loader would take it."""
+    clean(super_checkpoint, tmp_path / "megatron")
+    (tmp_path / "megatron" / "iter_0000000" / "__9_9.distcp").touch()
+    with pytest.raises(VerificationError, match="damaged since") as caught:
+        resume(super_checkpoint, tmp_path / "megatron")
+    assert caught.value.where == ("iter_0000000/__9_9.distcp: was not there",)
+
+
+@pytest.mark.parametrize("why", ["source", "target"])
+def test_what_was_begun_in_the_place_of_the_same_model_is_gone_on_with(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing, why: str
+) -> None:
+    """The old one is of a source that has changed since, or damaged: why it is overwritten."""
+    target = tmp_path / "megatron"
+    clean(super_checkpoint, target)
+    if why == "source":
+        config = super_checkpoint / "tokenizer_config.json"
+        config.write_bytes(config.read_bytes() + b" ")
+    else:
+        (record,) = target.glob("iter_*/__0_0.distcp")
+        record.write_bytes(record.read_bytes()[:-1] + b"\xff")
+    failing(2)
+    over = replace(RESUME, overwrite=True)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        resume(super_checkpoint, target, replace(over, resume=False))
+    failing(0)
+    kept = identities(tmp_path / ".megatron.partial")
+    assert kept
+    resume(super_checkpoint, target, over)
+    assert everything(target) == clean(super_checkpoint, tmp_path / "other")
+    assert len(identities(target) & kept) >= 2
+
+
+@pytest.mark.parametrize("changed", ["dtype", "side file", "padding"])
+def test_a_complete_target_of_another_command_or_source_is_not_taken_for_this_one(
+    super_checkpoint: Path, tmp_path: Path, changed: str
+) -> None:
+    """A file that is new beside the weights; a dtype that changes config.json alone; `args`."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    options, multiple = RESUME, 128
+    if changed == "dtype":
+        options = replace(RESUME, dtype="float32")  # as they are; config.json may say it otherwise
+    elif changed == "padding":
+        multiple = 640  # 523 rows become 640 by 128, too
+    else:
+        (super_checkpoint / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises((ResumeError, TargetExistsError)):
+        import_checkpoint(
+            super_checkpoint,
+            tmp_path / "megatron",
+            options=options,
+            make_vocab_size_divisible_by=multiple,
+        )
+
+
+def test_an_export_like_another_model_s_directory_notices_its_change(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Complete or begun: its files are in the result."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    shutil.copytree(super_checkpoint, tmp_path / "like")
+    export = partial(
+        export_checkpoint, tmp_path / "megatron", tmp_path / "hf2", hf_model=tmp_path / "like"
+    )
+    export()
+    export(options=RESUME)
+    manifest = read_manifest(tmp_path / "hf2")
+    assert manifest is not None
+    assert not [name for name in manifest.source if name.startswith("hf_source/")]
+    assert manifest.what["--hf-model: config.json"] == sha256_of(
+        (tmp_path / "like" / "config.json").read_bytes()
+    )
+    monkeypatch.chdir(tmp_path / "like")
+    export(hf_model=Path(), options=RESUME)  # the same files by another name
+    (tmp_path / "like" / "tokenizer_config.json").write_text("{}")
+    with pytest.raises((ResumeError, TargetExistsError)):
+        export(options=RESUME)
+
+
+def test_what_another_conversion_has_begun_is_not_swept_by_one_that_is_done(
+    super_checkpoint: Path, tmp_path: Path, failing: Failing
+) -> None:
+    """Its --resume still goes on."""
+    expected = clean(super_checkpoint, tmp_path / "megatron")
+    failing(1)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        import_checkpoint(
+            super_checkpoint,
+            tmp_path / "megatron",
+            tensor_model_parallel_size=1,
+            pipeline_model_parallel_size=2,
+            options=ConversionOptions(limits=ONE_AT_A_TIME, overwrite=True),
+        )
+    failing(0)
+    site = tmp_path / ".megatron.partial"
+    before = sorted(path.name for path in site.rglob("*"))
+    resume(super_checkpoint, tmp_path / "megatron")
+    assert everything(tmp_path / "megatron") == expected
+    assert before == sorted(path.name for path in site.rglob("*"))
+
+
+def test_a_read_error_costs_nothing_that_is_complete(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source's file system was away for a moment: its bytes are not wrong."""
+    verify = ConversionJob.verify
+
+    def away(*_: object) -> dict[str, str]:
+        raise CheckpointError("cannot read at byte 7: Input/output error")
+
+    monkeypatch.setattr(ConversionJob, "verify", away)
+    with pytest.raises(CheckpointError, match="--resume goes on"):
+        clean(super_checkpoint, tmp_path / "megatron")
+    before = identities(tmp_path / ".megatron.partial" / "data")
+    monkeypatch.setattr(ConversionJob, "verify", verify)
+    resume(super_checkpoint, tmp_path / "megatron")
+    assert identities(tmp_path / "megatron") == before
 
 
 def test_an_export_is_gone_on_with(
@@ -346,7 +604,7 @@ def test_a_manifest_without_the_last_files_is_no_complete_target(
     assert not staged.exists()
     staged.mkdir()
     report = import_checkpoint(super_checkpoint, target, options=again)
-    assert set(DONE_ALREADY) <= set(report.notes)
+    assert DONE_ALREADY in report.notes
     assert not staged.exists()
 
 

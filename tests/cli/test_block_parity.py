@@ -77,7 +77,7 @@ def test_the_peak_of_memory_is_that_of_all_that_was_done(
         peaks.append(50 << 30)
         return outcome("passed")
 
-    monkeypatch.setattr("bridge.conversion.peak_rss", lambda: peaks[-1])
+    monkeypatch.setattr("bridge.conversion_job.peak_rss", lambda: peaks[-1])
     monkeypatch.setattr("bridge.cli_verification.block_verification", proof)
     imported = run("import", "--hf-model", hf, "--megatron-path", tmp_path / "m")
     *rest, last = imported.out.splitlines()

@@ -146,6 +146,9 @@ def test_plan_shows_which_rectangle_becomes_which(run: Run, checkpoint: Path) ->
     lines = found.out.splitlines()
     assert all("gate_proj" in line or "up_proj" in line for line in lines[:-1])
     assert "weights accounted for" in lines[-1]
+    found = run("plan", checkpoint, "--tensor", "[[[[")
+    assert (found.code, found.out) == (2, "")
+    assert "BR001 no Megatron parameter matches the pattern\n  --> --tensor [[[[" in found.err
 
 
 def test_synthesize_writes_the_same_bytes_twice(run: Run, tmp_path: Path) -> None:

@@ -229,6 +229,33 @@ def test_checks_and_a_probe_of_ones_own_make_the_cases(run: Run, made: Path) -> 
     ]
 
 
+def test_logits_replace_a_file_where_that_is_asked_for(
+    run: Run, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one step: until then, and where it fails, the old one is there, and no other."""
+    path = tmp_path / "o.safetensors"
+    path.write_text("something else")
+    command = ("logits", "--hf-model", made / "hf", "--probe", "short", "--output", path)
+    refused = run(*command)
+    assert (refused.code, path.read_text()) == (2, "something else")
+    assert refused.err.startswith("BR304 the output already exists\n")
+
+    def full(_tensors: object, target: Path, **_: object) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save_file", full)
+        failed = run(*command, "--overwrite")
+    assert (failed.code, path.read_text()) == (2, "something else")
+    assert failed.err.startswith("BR300 cannot write the logits: [Errno 28] No space left")
+    assert list(tmp_path.iterdir()) == [path]
+    assert run(*command, "--overwrite").code == 0
+    assert load_file(path)["logits"].ndim == 3
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
 @pytest.mark.parametrize("flags", [(), ("--probe", "short", "--input", "in")])
 def test_logits_take_one_input(run: Run, made: Path, flags: Arguments) -> None:
     """Neither none nor two."""

@@ -98,13 +98,24 @@ def test_a_matrix_of_something_else_is_refused(run: Run, tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("asked")
-@pytest.mark.parametrize("text", [None, "", "{}\n", "no JSON\n", '{"identity": {}}\n[]\n'])
-def test_what_is_no_journal_is_refused(run: Run, tmp_path: Path, text: str | None) -> None:
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "there is no kill matrix to resume"),
+        ("", "there is no kill matrix to resume"),
+        ("{}\n", "files that no run of nemotron-bridge has left"),
+        ("no JSON\n", "files that no run of nemotron-bridge has left"),
+        ('{"identity": {}}\n[]\n', "there is no kill matrix to resume"),
+    ],
+)
+def test_what_is_no_journal_is_refused(
+    run: Run, tmp_path: Path, text: str | None, says: str
+) -> None:
     """And left alone."""
     if text is not None:
         (tmp_path / FILE_NAME).write_text(text)
     found = faults(run, tmp_path, "--resume")
-    assert "there is no kill matrix to resume" in found.err
+    assert says in found.err
     assert not (tmp_path / "faults.json").exists()
     assert text is None or (tmp_path / FILE_NAME).read_text() == text
 

@@ -200,7 +200,7 @@ def test_weights_on_another_disk_are_followed_on_request(
     assert again.read_bytes() == (models / "megatron" / ITERATION / again.name).read_bytes()
 
 
-@pytest.mark.parametrize("place", ["iteration", "rank", "distcp"])
+@pytest.mark.parametrize("place", ["iteration", "rank", "distcp", "hf_source"])
 def test_parts_of_a_megatron_checkpoint_that_are_links_out_are_refused(
     models: Path, tmp_path: Path, run: Run, place: str
 ) -> None:
@@ -212,6 +212,7 @@ def test_parts_of_a_megatron_checkpoint_that_are_links_out_are_refused(
         "iteration": megatron / ITERATION,
         "rank": megatron / ITERATION / "mp_rank_00",
         "distcp": megatron / ITERATION / "__0_0.distcp",
+        "hf_source": megatron / "hf_source",
     }[place]
     shutil.move(moved, tmp_path / "elsewhere")
     moved.symlink_to(tmp_path / "elsewhere")

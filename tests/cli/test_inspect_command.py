@@ -60,10 +60,14 @@ def test_no_color_leaves_colours_away(
 
 
 def test_a_picture_is_written_and_replaced(run: Run, tmp_path: Path) -> None:
-    """The layout's stages are in it; what was there is gone; nothing else is left."""
+    """Where that is asked for; the layout's stages are in it; nothing else is left."""
     path = tmp_path / "super.svg"
     path.write_text("something else")
-    found = run("inspect", SUPER, "--tp", "2", "--pp", "4", "--draw", path)
+    refused = run("inspect", "no/such/model", "--draw", path)  # before any work
+    assert (refused.code, refused.out, path.read_text()) == (2, "", "something else")
+    assert refused.err.startswith("BR304 the output already exists\n")
+    assert "--overwrite" in refused.err
+    found = run("inspect", SUPER, "--tp", "2", "--pp", "4", "--draw", path, "--overwrite")
     assert found.code == 0
     text = path.read_text()
     ET.fromstring(text)  # noqa: S314 - our own
@@ -94,6 +98,7 @@ def test_a_png_without_pillow_is_refused_with_the_way_to_get_it(
     ("arguments", "code", "says"),
     [
         (["--draw", "model.jpg"], 2, "BR001 a picture is an .svg or a .png"),
+        (["--overwrite"], 2, "BR001 --overwrite is for the picture"),
         (["--draw", "no/such/place/model.svg"], 2, "BR300 the output is in no such directory"),
         (["--suggest-layout", "--gpus", "8"], 2, "--memory SIZE"),
         (["--suggest-layout", "--memory", "80GiB"], 2, "--gpus N"),

@@ -263,7 +263,11 @@ def test_logits_refuses_tokens_and_positions_the_model_does_not_have(
 
 @pytest.mark.parametrize(
     ("output", "said"),
-    [("nodir/z", "no such directory"), ("hf", "is a directory"), ("locked/z", "not writable")],
+    [
+        ("nodir/z", "no such directory"),
+        ("hf", "is a directory"),
+        ("locked/z", "cannot be written to"),
+    ],
 )
 def test_logits_refuses_an_output_that_cannot_be_written_before_computing(
     run: Run, monkeypatch: pytest.MonkeyPatch, hf: Path, tmp_path: Path, output: str, said: str

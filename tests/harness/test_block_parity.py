@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -84,16 +83,21 @@ def test_wrong_weights_on_the_megatron_side_fail_and_are_placed(pair: Path, tmp_
     assert found.lines()[0].startswith("block parity failed")
 
 
-def test_a_configuration_that_the_reference_does_not_take_is_not_run(tmp_path: Path) -> None:
+def test_a_configuration_that_the_reference_does_not_take_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its bits are proved; what transformers has against it is said, in one line."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("no such\nrms_norm_eps")
+
+    monkeypatch.setattr("transformers.AutoConfig.for_model", refuse)
     write_checkpoint(toy_named("nano-4b"), tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | {"eos_token_id": [1, None]}))
     import_checkpoint(tmp_path / "hf", tmp_path / "megatron")
     found = cli_blocks.verify_blocks(tmp_path / "hf", tmp_path / "megatron", carry=())
     assert found.status == "not run"
     assert "transformers does not take this configuration" in found.summary
-    assert "eos_token_id" in found.summary
+    assert "no such rms_norm_eps" in found.summary
     assert (list(found.blocks), found.num_parameters) == ([], 0)  # none was looked at
 
 

@@ -36,8 +36,8 @@ TIMEOUT = 4.0
 """Seconds that a call may take."""
 ORPHANED = 20.0
 """Seconds until the processes of a killed run have ended, on a busy machine."""
-OTHERS = ("pymp-", "torchinductor_")
-"""Of names that multiprocessing and torch leave in TMPDIR when their process is killed."""
+OTHERS = ("torchinductor_",)
+"""Of what torch keeps in TMPDIR: a cache for all runs of a user."""
 TWO = ParallelLayout(tensor_model_parallel_size=2, num_layers_per_stage=(1,))
 
 
@@ -84,16 +84,22 @@ def _script(directory: Path, body: str) -> Path:
 def test_ranks_of_a_killed_run_end_though_one_is_stopped(
     tmp_path: Path, session: leftovers.Session
 ) -> None:
-    """It is woken up, to end as the others do; the pool's directory is gone as well."""
+    """It is woken up, to end as the others do, by the process that it is forked from.
+
+    Which is stopped, too. The pool's directory is gone as well, and the socket of that process.
+    """
     script = _script(
         tmp_path,
         """
         import rank_functions as ranks
+        from bridge.crew.attendants import attendant
         from bridge.spec import ParallelLayout
         from harness.launcher import RankPool
 
         pool = RankPool(timeout=240)
         layout = ParallelLayout(tensor_model_parallel_size=2, num_layers_per_stage=(1,))
+        pool.run(layout, ranks.pid)
+        attendant("forkserver").suspend()
         print(*pool.run(layout, ranks.pid), flush=True)
         pool.run(layout, ranks.wait_for, 0, "stop")
         """,

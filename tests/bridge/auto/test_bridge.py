@@ -22,7 +22,7 @@ from bridge.errors import (
     UnsupportedArchitectureError,
     UsageError,
 )
-from bridge.manifest import check_manifest
+from bridge.manifest_check import check_manifest
 from harness.toys import toy_named, write_checkpoint
 from tests.directories import files_of
 

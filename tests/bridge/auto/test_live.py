@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 import bridge.decilm  # noqa: F401 - registers the model type
 from bridge.convert import export_checkpoint, import_checkpoint, read_spec
-from bridge.manifest import check_manifest, read_manifest
+from bridge.manifest import read_manifest
+from bridge.manifest_check import check_manifest
 from bridge.pipeline import plan_layout
 from bridge.storage.target import MANIFEST_NAME
 from harness.launcher import RankPool

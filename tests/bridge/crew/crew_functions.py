@@ -136,6 +136,29 @@ def stop(rank: int, *, crew: Crew) -> None:
     crew.gather(None)
 
 
+def stop_while_another_hangs(*, crew: Crew) -> None:
+    """Rank 2 gets no further, as if it waited for rank 1, which is stopped a little later."""
+    crew.gather(None)
+    with crew.phase(Silent(), "work", 1):
+        if crew.rank == 1:
+            time.sleep(2)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if crew.rank == 2:
+            time.sleep(600)
+        crew.gather(None)
+
+
+def stop_lead(where: str, *, crew: Crew) -> None:
+    """Rank 0 is stopped once it knows that another is there."""
+    if crew.rank:
+        Path(where, f"worker-{os.getpid()}").touch()
+    crew.gather(None)
+    if crew.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    crew.gather(None)  # which the other has sent before it left
+    crew.gather(None)
+
+
 def hang(rank: int, *, crew: Crew) -> None:
     """One rank lives and gets no further with its work."""
     crew.gather(None)

@@ -6,7 +6,9 @@ bound, the first cause in words, and nothing left: no process, port, shared memo
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +38,22 @@ TIMEOUT = 3.0
 """Seconds given as `--timeout`: the machine that runs tests has nothing to swap."""
 NOTICED = TIMEOUT + bounds.ACCORD + bounds.DEATH + 40
 """Seconds until a run that hangs has ended, its start on a busy machine included."""
+ROOT = Path(__file__).parents[3]
+HANGING_LEAD = """
+import crew_functions as functions
+from bridge.crew.launch import crew_of
+
+with crew_of(2, timeout=3) as crew:
+    crew.run(functions.hang, 0)
+"""
+STOPPING_LEAD = """
+import sys
+import crew_functions as functions
+from bridge.crew.launch import crew_of
+
+with crew_of(2, timeout=3) as crew:
+    crew.run(functions.stop_lead, sys.argv[1])
+"""
 TORCHRUNS = "torchelastic_"
 """Of the name of the directory that torchrun itself leaves when it is ended."""
 ORPHANED = 20.0
@@ -73,6 +91,59 @@ def test_a_hung_worker_is_named_with_where_it_hangs() -> None:
     assert main.startswith("MainThread at ")
     assert "crew_functions.py" in main
     assert " in hang" in main
+
+
+def test_a_stopped_worker_is_named_before_those_that_wait_for_it() -> None:
+    """They seem to hang, in a library that waits for it, before it has been silent for as long."""
+    with (
+        pytest.raises(WorkerLostError, match=r"worker 1 of 3 .*: it is stopped"),
+        crew_of(3, timeout=TIMEOUT) as crew,
+    ):
+        crew.run(functions.stop_while_another_hangs)
+
+
+def lead(script: str, where: Path) -> subprocess.Popen[str]:
+    """A command of its own, which leads one other process."""
+    paths = os.pathsep.join(map(str, [ROOT, Path(__file__).parent]))
+    return subprocess.Popen(  # noqa: S603 (our own interpreter)
+        [sys.executable, "-c", script, str(where)],
+        env=os.environ | {"PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_lead_that_hangs_is_named_like_any_other(tmp_path: Path) -> None:
+    """Nobody else would say so; its process ends, and the others with it."""
+    process = lead(HANGING_LEAD, tmp_path)
+    _, err = process.communicate(timeout=NOTICED + bounds.LEAVE)
+    assert process.returncode == WorkerLostError.exit_code, err
+    assert "BR501 worker 0 of 2 has made no progress for 3 s" in err
+    assert " in hang" in err
+
+
+def test_workers_end_when_the_lead_is_stopped(
+    tmp_path: Path,
+) -> None:
+    """It may never be woken; where it is, it says who has ended."""
+    process = lead(STOPPING_LEAD, tmp_path)
+    try:
+        deadline = time.monotonic() + NOTICED
+        while not list(tmp_path.glob("worker-*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (worker,) = [int(path.name.partition("-")[2]) for path in tmp_path.glob("worker-*")]
+        while psutil.pid_exists(worker) and time.monotonic() < deadline:
+            if psutil.Process(worker).status() == psutil.STATUS_ZOMBIE:
+                break
+            time.sleep(0.1)
+        assert time.monotonic() < deadline
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert "the process that leads has given no sign of life for 3 s" in err
+    assert "worker 1 of 2 ended with exit code 3" in err
 
 
 def test_who_is_slow_or_waits_for_the_lead_does_not_hang() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from bridge import AutoBridge
 from bridge.convert import read_spec
-from bridge.crew.local import LocalHand
+from bridge.crew.hand import LocalHand
 from bridge.errors import LayoutError
 from bridge.generation import launch
 from bridge.generation.decoding import Continuation, OnStep, Step, generate

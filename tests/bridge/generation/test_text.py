@@ -34,6 +34,9 @@ TEMPLATE = (
 )
 
 
+NESTED = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+
+
 def write_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> None:
     """A byte-level BPE as Llama 3 has one: a text begins with <s>, and a token may be one byte."""
     backend = Backend(models.BPE())
@@ -209,6 +212,10 @@ def test_a_chat_that_cannot_be_written_is_bad_usage(tmp_path: Path, tokenizer: T
     with pytest.raises(UsageError, match="chat template") as caught:
         Tokenizer(tmp_path / "broken").encode_chat(user)
     assert caught.value.where == ('[{"role": "user", "content": "hi"}]',)
+    for n, template in enumerate(["{{ 1 // 0 }}", "{{ 2.0 ** 9999 }}", "{{ ''.join(5) }}", NESTED]):
+        write_tokenizer(tmp_path / f"{n}", template=template)
+        with pytest.raises(UsageError, match="chat template"):
+            Tokenizer(tmp_path / f"{n}").encode_chat(user)
 
 
 def test_ends_are_those_of_the_generation_configuration(

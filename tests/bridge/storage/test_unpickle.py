@@ -15,6 +15,7 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,9 +101,99 @@ def test_plain_values_come_back_equal(protocol: int) -> None:
         "set": {1, 2},
         "bytes": b"\x00\xff",
         "size": torch.Size([2, 3]),
-        -(1 << 70): (True, float("inf")),
+        -(1 << 63): ((1 << 64) - 1, True, float("inf")),
     }
     assert unpickle_object(pickle.dumps(value, protocol), where="x") == value
+
+
+class Made:
+    """Pickled as what a function makes of something."""
+
+    def __init__(self, function: Callable[..., object], argument: object) -> None:
+        self.call = function, (argument,)
+
+    def __reduce__(self) -> Any:  # noqa: ANN401 - pickle's
+        return self.call
+
+
+def colliding(count: int) -> list[tuple[int, int]]:
+    """Different pairs of numbers; that their hashes differ as well is nothing to build on."""
+    return [(n, n) for n in range(count)]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param((1 << 64) + 1, id="integer"),
+        pytest.param(-(1 << 63) - 1, id="negative"),
+        pytest.param({n * ((1 << 61) - 1): None for n in range(1000)}, id="integers"),
+        pytest.param(10**4000, id="digits"),
+        pytest.param(dict.fromkeys(colliding(5000)), id="dict"),
+        pytest.param(set(colliding(5000)), id="set"),
+        pytest.param(frozenset(colliding(5000)), id="frozenset"),
+        pytest.param(Made(set, colliding(5000)), id="made-set"),
+        pytest.param(Made(frozenset, colliding(5000)), id="made-frozenset"),
+        pytest.param({Made(torch.Size, pair): 0 for pair in colliding(5000)}, id="sizes"),
+        pytest.param({Made(frozenset, pair): 0 for pair in colliding(5000)}, id="frozensets"),
+        pytest.param(
+            Made(collections.OrderedDict, [(pair, 0) for pair in colliding(5000)]), id="made-dict"
+        ),
+    ],
+)
+@pytest.mark.parametrize("protocol", range(6))
+def test_keys_whose_hashes_can_be_chosen_are_refused(protocol: int, value: object) -> None:
+    """A dict of such takes the square of their number; and no one prints all digits."""
+    data = pickle.dumps({"a": value}, protocol)
+    with pytest.raises(CorruptFileError, match=r"64 bits|as keys"):
+        unpickle_object(data, where="x")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_some_tuples_as_keys_are_read(protocol: int) -> None:
+    """What a run may have kept there."""
+    value = {"a": dict.fromkeys(colliding(1000)), "b": set(colliding(1000))}
+    assert unpickle_object(pickle.dumps(value, protocol), where="x") == value
+
+
+def test_no_pickle_changes_a_dtype() -> None:
+    """Its state is a list of two dicts, or whatever a class takes: another name, another size."""
+    for state in (b"N}X\x04\0\0\0nameX\x01\0\0\0xs\x86", b"](X\x01\0\0\0xK\x01e", b"}"):
+        with pytest.raises(CorruptFileError, match="a state for bfloat16"):
+            unpickle_object(b"\x80\x02ctorch\nbfloat16\n" + state + b"b.", where="x")
+    found = dtype_named("bfloat16")
+    assert (found.name, found.itemsize) == ("bfloat16", 2)
+    assert pickle.loads(pickle.dumps(found)) is found  # noqa: S301 - ours
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        b"N}X\x08\0\0\0__repr__X\x01\0\0\0xs\x86",
+        b"N}X\x09\0\0\0__class__cmegatron.a\nB\ns\x86",
+        b"}K\x01K\x02s",
+    ],
+    ids=["class", "slots", "name"],
+)
+@pytest.mark.parametrize("made", [True, False], ids=["instance", "class"])
+def test_no_pickle_changes_a_namespace_s_class(state: bytes, *, made: bool) -> None:
+    """How it is shown, compared or hashed, and what it is."""
+    instance = b")\x81" if made else b""
+    with pytest.raises(CorruptFileError, match="state"):
+        unpickle_object(b"\x80\x02cargparse\nNamespace\n" + instance + state + b"b.", where="x")
+    assert repr(argparse.Namespace(a=1)) == "Namespace(a=1)"
+
+
+def test_no_pickle_changes_a_function() -> None:
+    """Neither which one it is nor what it is given."""
+    with pytest.raises(CorruptFileError, match="state"):
+        unpickle_object(b"\x80\x02cbuiltins\nset\n(ccollections\nOrderedDict\n)}Ntb.", where="x")
+
+
+def test_a_million_sets_are_no_checkpoint() -> None:
+    """One byte each in the file, two hundred in memory."""
+    data = b"\x80\x04(" + b"\x8f" * ((1 << 20) + 1) + b"l."
+    with pytest.raises(CorruptFileError, match="beyond all use"):
+        unpickle_object(data, where="x")
 
 
 def test_dtypes_are_ours_and_foreign_instances_are_inert(

@@ -98,6 +98,13 @@ def test_a_file_that_is_no_evidence_is_one_error(tmp_path: Path, text: str | Non
         read_evidence(tmp_path)
 
 
+def test_a_pipe_in_the_place_of_evidence_is_one_error(tmp_path: Path) -> None:
+    """Nobody writes to it, and nobody waits."""
+    os.mkfifo(tmp_path / "evidence.json")
+    with pytest.raises(BridgeError, match="HN103"):
+        read_evidence(tmp_path)
+
+
 def test_a_result_survives_the_way_through_json(run_results: list[Result]) -> None:
     """The journal gives back what was put in, NaN included."""
     for result in run_results:

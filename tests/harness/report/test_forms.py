@@ -15,9 +15,10 @@ import pytest
 from bridge.drawing.architecture import architecture
 from bridge.errors import UsageError
 from bridge.hf_config import spec_from_hf_config
+from bridge.storage.target import MANIFEST_NAME
 from harness.report.charts import Series, bars, lines
 from harness.report.evidence import read_evidence
-from harness.report.files import report_directory
+from harness.report.files import REPORTS, report_directory
 from harness.report.html import html, render_kill_matrix
 from harness.report.junit import junit
 from harness.report.markdown import markdown
@@ -26,6 +27,7 @@ from harness.runner import Result
 from harness.toys import TOYS
 from tests.harness.report.conftest import HOSTILE, POSITIONS
 
+ROOT = Path(__file__).parents[3]
 Make = Callable[..., dict[str, Any]]
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -262,6 +264,42 @@ def test_a_directory_in_a_reports_place_is_refused_before_any_work(
     assert str(tmp_path / obstacle) in caught.value.where
 
 
+def test_what_no_run_has_left_is_not_replaced(
+    make_evidence: Make, kill_matrix: dict[str, Any], tmp_path: Path
+) -> None:
+    """A report of somebody's own is refused by name; what a run has left may be made anew."""
+    notes = tmp_path / "theirs" / "report.md"
+    notes.parent.mkdir()
+    notes.write_text("my own")
+    (notes.parent / "notes.md").write_text("no report has this name")
+    with pytest.raises(UsageError, match="no run of nemotron-bridge has left") as caught:
+        report_directory(notes.parent)
+    assert caught.value.where == (str(notes),)
+    for name in ("ours", "cut short", "faults"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.md").write_text("of an earlier run")
+    write_reports(make_evidence(), tmp_path / "ours")
+    (tmp_path / "cut short" / "journal.jsonl").write_text('{"journal": 1, "identity": {}}')
+    (tmp_path / "faults" / "faults.json").write_text(json.dumps(kill_matrix), "utf-8")
+    for name in ("ours", "cut short", "faults"):
+        assert report_directory(tmp_path / name) == tmp_path / name
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "journal.jsonl").touch()  # of a run that was killed at once
+    report_directory(tmp_path / "empty")
+
+
+def test_every_file_that_reports_replace_is_known(make_evidence: Make, tmp_path: Path) -> None:
+    """One that is not would be replaced unasked."""
+    write_reports(make_evidence(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= REPORTS
+    kept = {path.name for path in (ROOT / "docs" / "evidence").rglob("*") if path.is_file()}
+    assert kept <= REPORTS
+    sources = [*(ROOT / "harness").glob("cli_*.py"), *(ROOT / "harness/benchmarks").glob("*.py")]
+    text = "".join(path.read_text("utf-8") for path in sources)
+    said = set(re.findall(r'report / "([\w.-]+)"|file="([\w-]+\.svg)"', text))
+    assert {name for pair in said for name in pair if name} <= REPORTS
+
+
 def test_a_file_in_the_directorys_or_the_rank_logs_place_is_refused(tmp_path: Path) -> None:
     """Nothing can be made there."""
     (tmp_path / "file").touch()
@@ -270,3 +308,12 @@ def test_a_file_in_the_directorys_or_the_rank_logs_place_is_refused(tmp_path: Pa
     (tmp_path / "ranks").touch()
     with pytest.raises(UsageError, match="cannot write the report"):
         report_directory(tmp_path, rank_logs=True)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_NAME, "model-00001-of-00002.safetensors", ".metadata"])
+def test_a_report_does_not_go_into_a_checkpoint(tmp_path: Path, name: str) -> None:
+    """The next conversion would carry it along, and the manifest does not have it."""
+    (tmp_path / name).touch()
+    with pytest.raises(UsageError, match="into a checkpoint"):
+        report_directory(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import resource
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from harness.block_states import judge_block
@@ -74,6 +77,24 @@ def test_another_walk_and_a_torn_file_are_nothing(tmp_path: Path) -> None:
     store.forget()
     assert not path.exists()
     store.forget()
+
+
+def test_a_record_that_says_it_holds_gigabytes_is_nothing(tmp_path: Path) -> None:
+    """Its archive's directory lies, and no memory is asked for what it says."""
+    store = Store(tmp_path, {"model": "m"})
+    store.save(1, record_of(), {})
+    path = tmp_path / FILE_NAME
+    raw = bytearray(path.read_bytes())
+    entry = raw.index(b"PK\x01\x02")
+    struct.pack_into("<II", raw, entry + 20, 3 << 30, 3 << 30)
+    path.write_bytes(raw)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    allowed = psutil.Process().memory_info().vms + (1 << 29)
+    resource.setrlimit(resource.RLIMIT_AS, (allowed, limits[1]))
+    try:
+        assert store.load(**LOADING) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_the_worst_part_is_measured_by_the_reference() -> None:

@@ -41,7 +41,7 @@ def place(site):
 building.Site.place = place
 """,
     "placed before it is verified": """
-from bridge.conversion import ConversionJob
+from bridge.conversion_job import ConversionJob
 from bridge.storage import building
 verify = ConversionJob.verify
 def early(job, *args):
@@ -81,8 +81,8 @@ def write(directory, name, data):
 new_checkpoint.write_small_file = write
 """,
     "names not flushed": """
-from bridge.storage import building, journal
-building.sync_directory = journal.sync_directory = lambda directory: None
+from bridge.storage import building, disk, journal
+building.sync_directory = disk.sync_directory = journal.sync_directory = lambda directory: None
 """,
     "failed flushes passed over": """
 from contextlib import suppress
@@ -148,9 +148,9 @@ def strikes(warm: Warm, healthy: Healthy, scenario: str, fault: str) -> Outcome:
         ("moved file by file", "export", "rename.2-before", "is not right"),
         ("placed before it is verified", "export", "rename.1-after", "is not right"),
         ("the old one removed first", "export-over", "rename.1-before", "it is absent"),
-        ("files noted before they are flushed", "export", "fsync.4-power", "exits with 2"),
+        ("files noted before they are flushed", "export", "fsync.5-power", "exits with 2"),
         ("small files not flushed", "export", "rename.1-power", "is not right"),
-        ("failed flushes passed over", "export", "fsync.3-EIO", "a flush failed"),
+        ("failed flushes passed over", "export", "fsync.4-EIO", "a flush failed"),
         ("the site left behind", "export", "rename.1-before", "is left beside the target"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from bridge.errors import DtypeMismatchError, TargetExistsError
+from bridge.errors import CheckpointError, DtypeMismatchError, TargetExistsError
 from harness.oracle import forward
 from harness.probes import long_probe
 from harness.toys import TOYS, side_files, write_checkpoint
@@ -124,3 +125,29 @@ def test_a_dtype_the_stream_does_not_define_is_refused(tmp_path: Path) -> None:
     """float16 toys do not exist."""
     with pytest.raises(DtypeMismatchError):
         write_checkpoint(TOYS["nano-4b"], tmp_path / "new", dtype="float16")
+
+
+@pytest.mark.parametrize("allowed", [0, 500, 5000])
+def test_where_the_disk_is_full_nothing_is_left(tmp_path: Path, allowed: int) -> None:
+    """One error, whether the first file or a shard does not fit; and no directory."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (allowed, limits[1]))
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            write_checkpoint(TOYS["nano-4b"], tmp_path / "toy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.code == "BR300"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_toy_replaces_a_checkpoint_only_when_told_to(tmp_path: Path) -> None:
+    """And one of another seed takes its place."""
+    write_checkpoint(TOYS["nano-4b"], tmp_path / "toy", seed=1)
+    shard = next((tmp_path / "toy").glob("*.safetensors"))
+    before = shard.read_bytes()
+    with pytest.raises(TargetExistsError):
+        write_checkpoint(TOYS["nano-4b"], tmp_path / "toy", seed=2)
+    assert shard.read_bytes() == before
+    write_checkpoint(TOYS["nano-4b"], tmp_path / "toy", seed=2, overwrite=True)
+    assert shard.read_bytes() != before
