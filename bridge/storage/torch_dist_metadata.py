@@ -11,9 +11,10 @@ from reprlib import repr as brief
 from bridge.dtypes import Dtype
 from bridge.errors import CheckpointError, CorruptFileError, DtypeMismatchError
 from bridge.storage.input_files import is_plain_name, read_input
+from bridge.storage.pickle_objects import Inert
 from bridge.storage.remote import Location
 from bridge.storage.source import TensorInfo
-from bridge.storage.unpickle import Inert, unpickle_metadata
+from bridge.storage.unpickle import unpickle_metadata
 from bridge.tiling import Box, Shape, find_overlap
 
 _HINT = "the checkpoint is incomplete or damaged: copy it again, or load another iteration"

@@ -29,6 +29,7 @@ from bridge.parameters import (
 )
 from bridge.storage.chunks import ChunkReader
 from bridge.storage.extents import Extent
+from bridge.storage.pickle_objects import StoredTensor
 from bridge.storage.remote import Location
 from bridge.storage.remote_ranges import each_file
 from bridge.storage.source import TensorInfo
@@ -50,7 +51,7 @@ from bridge.storage.torch_legacy_stages import (
     parts_of,
 )
 from bridge.storage.torch_record import Archive, TensorLocation
-from bridge.storage.unpickle import StoredTensor, unpickle_object
+from bridge.storage.unpickle import unpickle_object
 from bridge.tiling import Box, Shape
 
 STATE_NAME: Final = "model_optim_rng.pt"

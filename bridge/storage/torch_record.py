@@ -24,8 +24,9 @@ from typing import Final
 from bridge.dtypes import Dtype
 from bridge.errors import CheckpointError, CorruptFileError
 from bridge.storage.pickle_names import STORAGE_DTYPES
+from bridge.storage.pickle_objects import StoredTensor
 from bridge.storage.pickle_write import Call, Global, PersistentId, dumps
-from bridge.storage.unpickle import StoredTensor, unpickle_object, unpickle_tensor
+from bridge.storage.unpickle import unpickle_object, unpickle_tensor
 from bridge.tiling import Shape
 
 ALIGNMENT: Final = 64

@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from bridge.dtypes import Words, dtype_named
 from bridge.errors import CheckpointError, CorruptFileError, DtypeMismatchError
+from bridge.storage.pickle_objects import Inert
 from bridge.storage.torch_dist_iteration import open_checkpoint
 from bridge.storage.torch_dist_read import TorchDistReader
-from bridge.storage.unpickle import Inert
 from bridge.tiling import Box
 
 RANKS = Path(__file__).with_name("megatron_ranks.py")

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from bridge.dtypes import dtype_named
 from bridge.errors import BridgeError, CorruptFileError, DtypeMismatchError
-from bridge.storage.unpickle import Inert, unpickle_metadata, unpickle_object, unpickle_tensor
+from bridge.storage.pickle_objects import Inert
+from bridge.storage.unpickle import unpickle_metadata, unpickle_object, unpickle_tensor
 
 READERS = [unpickle_metadata, unpickle_object, unpickle_tensor]
 
