@@ -224,7 +224,7 @@ def synthesize(
 
     started = time.perf_counter()
     with crew_of(workers, (config, hf_path), timeout=timeout) as crew:
-        nbytes = crew.run(
+        made = crew.run(
             write,
             parse_location(config),
             parse_location(hf_path),
@@ -240,6 +240,9 @@ def synthesize(
         return
     seconds = time.perf_counter() - started
     if json_:
-        print_json({"target": str(hf_path), "nbytes": nbytes, "seed": seed, "seconds": seconds})
+        found = {"target": str(hf_path), "seed": seed, "seconds": seconds, **made._asdict()}
+        print_json(found)
+    elif made.nothing_to_do:
+        typer.echo(f"{hf_path}: nothing to do: it was complete, and nobody has changed it since")
     else:
-        typer.echo(f"{hf_path}: {nbytes / 1e9:.3f} GB of synthetic weights in {seconds:.1f} s")
+        typer.echo(f"{hf_path}: {made.nbytes / 1e9:.3f} GB of synthetic weights in {seconds:.1f} s")

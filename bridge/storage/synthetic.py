@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -100,6 +100,15 @@ class SyntheticSource:
         self.close()
 
 
+class Synthesized(NamedTuple):
+    """What a synthetic checkpoint came to."""
+
+    nbytes: int
+    """Of its weights."""
+    nothing_to_do: bool
+    """Whether it was complete already."""
+
+
 @named_refusals()
 def synthesize(
     config: Location,
@@ -113,7 +122,7 @@ def synthesize(
     resume: bool = False,
     staging: Path | None = None,
     crew: Crew | None = None,
-) -> int:
+) -> Synthesized:
     """Write a synthetic checkpoint of a configuration: shards, index and the `config.json` itself.
 
     Args:
@@ -129,7 +138,7 @@ def synthesize(
         crew: The processes that share the work, all of which make this call.
 
     Returns:
-        Bytes of weights written.
+        What it holds now.
     """
     crew = crew or Alone()
     refuse_overlap(target, [config])
@@ -148,7 +157,7 @@ def synthesize(
     if resume and crew.gather(is_complete(target, job))[0]:
         if crew.rank == 0 and isinstance(target, Path):
             clear_up(target, job)
-        return nbytes
+        return Synthesized(nbytes=nbytes, nothing_to_do=True)
     with shared_checkpoint(
         target,
         overwrite=overwrite,
@@ -167,4 +176,4 @@ def synthesize(
             new.write_small_file(CONFIG_NAME, raw)
             if index is not None:
                 new.write_small_file(INDEX_NAME, index)
-    return nbytes
+    return Synthesized(nbytes=nbytes, nothing_to_do=False)

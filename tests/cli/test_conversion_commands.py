@@ -160,6 +160,14 @@ def test_synthesize_writes_the_same_bytes_twice(run: Run, tmp_path: Path) -> Non
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert run("plan", tmp_path / "one").code == 0
+    again = run("synthesize", "--config", config, "--hf-path", tmp_path / "one", "--resume")
+    assert (again.code, "nothing to do" in again.out) == (0, True)
+    said = run(
+        "synthesize", "--config", config, "--hf-path", tmp_path / "one", "--resume", "--json"
+    )
+    found = json.loads(said.out)
+    weights = sum(path.stat().st_size for path in (tmp_path / "one").glob("*.safetensors"))
+    assert (found["nothing_to_do"], 0 < weights - found["nbytes"] < 50_000) == (True, True)
 
 
 def test_list_names_all_seven(run: Run) -> None:
