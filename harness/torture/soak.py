@@ -134,7 +134,10 @@ def soak(
         [sys.executable, "-m", "harness.torture.soaking", str(root), str(count), *load],
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)},
+        # glibc gives each of many short threads an arena, and these wander by megabytes over
+        # hundreds of conversions: with one, what stays is what somebody holds.
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "TMPDIR": str(temporary)},
     )
     samples = []
     try:

@@ -1,6 +1,7 @@
 """An object store on the disk, which outlives the process: `torture:///DIRECTORY/bucket/...`.
 
-Objects appear whole or not at all, as in S3; nothing else can be relied on.
+Objects appear whole or not at all, and outlive a loss of power once they have, as in S3; nothing
+else can be relied on.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class Store(LocalFileSystem):  # type: ignore[misc]  # fsspec has no types
         del callback
         upload, target = _upload(self._strip_protocol(rpath))
         shutil.copyfile(lpath, upload)
-        os.replace(upload, target)  # noqa: PTH105 - the layer sees this one at once
+        _appear(upload, target)
 
     def pipe_file(self, path: Any, value: bytes, mode: str = "overwrite", **_: Any) -> None:  # noqa: ANN401 - fsspec's
         """Store bytes."""
         del mode
         upload, target = _upload(self._strip_protocol(path))
         upload.write_bytes(value)
-        os.replace(upload, target)  # noqa: PTH105 - as above
+        _appear(upload, target)
 
 
 def _upload(path: str) -> tuple[Path, Path]:
@@ -52,6 +53,12 @@ def _upload(path: str) -> tuple[Path, Path]:
     uploads = Path(root) / "uploads"
     uploads.mkdir(exist_ok=True)
     return uploads / uuid.uuid4().hex, Path(path)
+
+
+def _appear(upload: Path, target: Path) -> None:
+    with upload.open("rb") as stream:
+        os.fsync(stream.fileno())
+    os.replace(upload, target)  # noqa: PTH105 - the layer sees this one at once
 
 
 fsspec.register_implementation(PROTOCOL, Store, clobber=True)
