@@ -1,10 +1,13 @@
-"""Compare tensors bit by bit, wherever they are stored, and hash them on the way."""
+"""Compare tensors bit by bit, wherever they are stored, and hash them on the way.
+
+Either tensor by tensor, or file by file of one side: then what is hashed is what was compared.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from bridge import reading
-from bridge.progress import Advance
+from bridge.errors import VerificationError
+from bridge.hashing import biggest_first, hash_file
+from bridge.manifest import FileEntry, Files, Part
+from bridge.progress import Advance, unwatched
 from bridge.reading import (
     SEGMENT_NBYTES,
     TransferLimits,
@@ -21,6 +27,8 @@ from bridge.reading import (
 )
 from bridge.storage.extents import Extent, aligned
 from bridge.storage.files import FileRanges
+from bridge.storage.remote import Location
+from bridge.storage.remote_ranges import open_ranges
 from bridge.storage.source import TensorSource
 from bridge.tiling import Box, Tile, Tiling, bands
 
@@ -32,9 +40,8 @@ _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 class Digest:
     """What a comparison found of one tensor.
 
-    `sha256` is of the expected tensor's bytes, row-major and little-endian; empty where nobody asks
-    for it. `first_difference` is the index of the first element whose bits differ, None when all
-    are equal.
+    `sha256` is of the expected tensor's bytes, row-major and little-endian. `first_difference` is
+    the index of the first element whose bits differ, None when all are equal.
     """
 
     name: str
@@ -50,7 +57,6 @@ def compare(
     *,
     limits: TransferLimits,
     advance: Advance,
-    hashed: bool = True,
 ) -> list[Digest]:
     """Compare every tensor of `expected` bit by bit with what `actual` holds of it.
 
@@ -60,7 +66,6 @@ def compare(
         tilings: Expected tensor to its tiling by tensors of `actual`.
         limits: Memory and threads.
         advance: Progress in bytes of `expected`.
-        hashed: Hash what is expected, too.
     """
     # Hashing one tensor is one thread's work: begin with the biggest, or it ends alone.
     order = sorted(tilings, key=lambda name: -expected.tensors[name].nbytes)
@@ -69,15 +74,86 @@ def compare(
         ThreadPoolExecutor(limits.threads) as helpers,
         ThreadPoolExecutor(limits.threads) as pool,
     ):
-        comparison = _Comparison(expected, actual, tilings, files, helpers, limits, advance, hashed)
-        found = all_or_first_error(pool.submit(comparison.digest, name) for name in order)
+        comparison = _Comparison(expected, actual, tilings, files, helpers, limits, advance)
+        found = all_or_first_error(pool.submit(comparison.tensor, name) for name in order)
     by_name = {digest.name: digest for digest in found}
     return [by_name[name] for name in tilings]
 
 
+def compare_files(
+    expected: TensorSource,
+    actual: TensorSource,
+    tilings: Mapping[str, Tiling],
+    directory: Location,
+    files: Files,
+    *,
+    limits: TransferLimits,
+    advance: Advance,
+) -> tuple[list[Digest], dict[str, FileEntry]]:
+    """Compare the tensors that files of `expected` hold, and hash these files on the way.
+
+    Each byte of both sides is read once; between the tensors there is little.
+
+    Args:
+        expected: The tensors as they lie in the files.
+        actual: See `compare`.
+        tilings: See `compare`; of the tensors in the files.
+        directory: That the files are in.
+        files: What they hold: each part is a whole tensor.
+        limits: Memory and threads.
+        advance: Progress in bytes of `expected`.
+
+    Returns:
+        What was found of each tensor, and the files with their hashes.
+
+    Raises:
+        CheckpointError, CorruptFileError: As `hash_files`.
+    """
+    order = biggest_first(files)
+    with (
+        FileRanges(Path()) as inputs,
+        open_ranges(directory) as remote,
+        ThreadPoolExecutor(2 * limits.threads) as helpers,
+        ThreadPoolExecutor(limits.threads) as pool,
+    ):
+        comparison = _Comparison(expected, actual, tilings, inputs, helpers, limits, advance)
+        # What lies here is one open file, whether between the tensors or in them.
+        ranges = inputs if isinstance(directory, Path) else remote
+        places = [str(directory / name) if ranges is inputs else name for name in order]
+        found = all_or_first_error(
+            pool.submit(comparison.file, ranges, place, files[name])
+            for place, name in zip(places, order, strict=True)
+        )
+    entries = {name: entry for name, (_, entry) in zip(order, found, strict=True)}
+    return [digest for digests, _ in found for digest in digests], entries
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a comparison has found of one tensor so far."""
+
+    tiling: Tiling
+    position: int = 0
+    first: tuple[int, ...] | None = None
+    different: int = 0
+
+    def add(self, index: int, count: int, num_elements: int) -> None:
+        """Count `num_elements` more, `count` of which differ, the first of them at `index`."""
+        if count and self.first is None:
+            place = np.unravel_index(self.position + index, self.tiling.shape)
+            self.first = tuple(int(i) for i in place)
+        self.different += count
+        self.position += num_elements
+
+    def digest(self, name: str, sha256: str) -> Digest:
+        """Sum up."""
+        first, different = self.first, self.different
+        return Digest(name=name, sha256=sha256, first_difference=first, num_different=different)
+
+
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """What the threads of one `compare` share."""
+    """What the threads of one comparison share."""
 
     expected: TensorSource
     actual: TensorSource
@@ -86,28 +162,39 @@ class _Comparison:
     helpers: ThreadPoolExecutor
     limits: TransferLimits
     advance: Advance
-    hashed: bool
 
-    def digest(self, name: str) -> Digest:
+    def tensor(self, name: str) -> Digest:
         """Compare one tensor and hash it, a piece at a time, both at once."""
-        tiling = self.tilings[name]
+        tally = _Tally(self.tilings[name])
+        digest = hashlib.sha256()
+        for window in self._compared(name, tally):
+            digest.update(window)
+        return tally.digest(name, digest.hexdigest())
+
+    def file(
+        self, ranges: FileRanges, name: str, entry: FileEntry
+    ) -> tuple[list[Digest], FileEntry]:
+        """Compare the tensors of one file, and hash it and them."""
+        tallies = {part.tensor: _Tally(self.tilings[part.tensor]) for part in entry.parts}
+
+        def windows(part: Part) -> Iterator[memoryview]:
+            return self._compared(part.tensor, tallies[part.tensor])
+
+        hashed = hash_file(
+            ranges, name, entry,
+            limits=self.limits, advance=unwatched, helpers=self.helpers, windows=windows,
+        )  # fmt: skip
+        found = [tallies[part.tensor].digest(part.tensor, part.sha256) for part in hashed.parts]
+        return found, hashed
+
+    def _compared(self, name: str, tally: _Tally) -> Iterator[memoryview]:
+        """The bytes of a tensor, compared while whoever takes them does something with them."""
         itemsize = self.expected.tensors[name].dtype.itemsize
-        digest = hashlib.sha256() if self.hashed else None
-        first: tuple[int, ...] | None = None
-        different = position = 0
-        for theirs, ours in self._pieces(name, tiling):
+        for theirs, ours in self._pieces(name, tally.tiling):
             found = self.helpers.submit(first_and_count, theirs, ours, itemsize=itemsize)
-            if digest is not None:
-                digest.update(theirs)
-            index, count = found.result()
-            if count and first is None:
-                place = np.unravel_index(position + index, tiling.shape)
-                first = tuple(int(i) for i in place)
-            different += count
-            position += len(theirs) // itemsize
+            yield theirs
+            tally.add(*found.result(), len(theirs) // itemsize)
             self.advance(len(theirs))
-        sha256 = "" if digest is None else digest.hexdigest()
-        return Digest(name=name, sha256=sha256, first_difference=first, num_different=different)
 
     def _pieces(self, name: str, tiling: Tiling) -> Iterator[tuple[memoryview, memoryview | None]]:
         """Bytes of the tensor and those that should be equal; None where the dtype is another."""
@@ -168,3 +255,17 @@ def first_and_count(
         return 0, 0
     unequal = one.view(f"<u{itemsize}") != other.view(f"<u{itemsize}")
     return int(unequal.argmax()), int(np.count_nonzero(unequal))
+
+
+def refuse_differences(what: str, wrong: Sequence[str]) -> None:
+    """End a conversion whose target is not what it should be.
+
+    Raises:
+        VerificationError: BR305, `what` is so in the places that are `wrong`, if there are any.
+    """
+    if wrong:
+        raise VerificationError(
+            what,
+            where=wrong,
+            hint="suspect the disk or the memory: the target was not created",
+        )

@@ -5,24 +5,30 @@ from __future__ import annotations
 import hashlib
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 from bridge.casting import Loss, RoundedSource, refuse_overflow, rounding_note
+from bridge.comparison import Digest, compare, compare_files, refuse_differences
+from bridge.concurrently import both
 from bridge.conversion import ConversionOptions, ConversionReport
 from bridge.crew.protocol import Crew
 from bridge.crew.sharing import share_of
 from bridge.dtypes import Dtype
-from bridge.errors import CorruptFileError, UsageError, VerificationError
-from bridge.manifest import Manifest
+from bridge.errors import UsageError
+from bridge.hashing import hash_files
+from bridge.literals import AROUND, changed_literals
+from bridge.manifest import Files, Manifest, entry_of
 from bridge.padding import nonzero_padding
 from bridge.plan import Plan
-from bridge.reading import read_bands
+from bridge.progress import Advance
+from bridge.read_side import ReadSide, aside
+from bridge.reading import TransferLimits, read_bands
 from bridge.rounding import round_by_definition
-from bridge.sealing import ReadSide, Sealed, is_done_already, seal
-from bridge.storage.journal import Job, changed, fingerprint, job_of
+from bridge.sealing import is_done_already
+from bridge.storage.journal import Job, fingerprint, job_of
 from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location, RemotePath
 from bridge.storage.safetensors_layout import total_nbytes
@@ -30,7 +36,6 @@ from bridge.storage.source import FileLayout, TensorInfo, TensorSource
 from bridge.storage.staging_directory import sweep
 from bridge.storage.target import refuse_overlap
 from bridge.tiling import Tiling
-from bridge.transfer import Digest, TransferLimits, compare
 
 
 @dataclass(slots=True)
@@ -53,6 +58,8 @@ class ConversionJob:
     convert_seconds: float = 0.0
     verify_seconds: float = 0.0
     peak_rss: int = 0
+    hashes: Manifest = field(default_factory=Manifest)
+    """Of what was written and compared so far; none with `--verify none`."""
 
     def job(
         self,
@@ -108,60 +115,56 @@ class ConversionJob:
             sweep(self.options.staging)  # what the attempt that was killed has left there
         return done
 
-    def refuse_changed_source(
-        self, read: ReadSide, job: Job, *, beside: Mapping[str, str] | None = None
-    ) -> None:
-        """See that the source is still what it was at the start.
-
-        Raises:
-            CorruptFileError: BR302, naming the files that are not.
-        """
-        if isinstance(read.root, RemotePath):
-            read.root.forget_listings()
-        now = {**fingerprint(read.root, read.names), **(beside or {})}
-        if moved := changed(job.source, now):
-            raise CorruptFileError(
-                "the source was changed while it was converted",
-                where=moved,
-                hint="let nobody write to it, and convert again; the target was not created",
-            )
-
-    @contextmanager
-    def blaming_the_source(
-        self, read: ReadSide, job: Job, *, beside: Callable[[], Mapping[str, str]] = dict
-    ) -> Iterator[None]:
-        """Where the sides differ because the source has changed since, say that instead."""
-        try:
-            yield
-        except VerificationError:
-            self.refuse_changed_source(read, job, beside=beside())
-            raise
-
     def write(
         self,
         layouts: Sequence[FileLayout],
         new: NewCheckpoint,
         source: TensorSource,
         tilings: Mapping[str, Tiling],
+        read: ReadSide,
     ) -> None:
         """Stream the weights into their files; all of them are complete when it returns.
+
+        Meanwhile what the comparison does not hash is: Megatron's files, be they those that are
+        written or those that are read, and what is small.
 
         Raises:
             DtypeMismatchError: BR303, values too large for the dtype to round to, all of them.
         """
         rounded = None if self.dtype is None else RoundedSource(source, self.dtype)
-        sizes = [layout.payload_nbytes for layout in layouts]
-        effort = sum(map(new.effort, layouts))
-        mine = share_of(self.crew, layouts, sizes)
-        limits = self.options.limits
-        started = time.perf_counter()
-        with self.crew.phase(self.options.progress, "convert", effort) as advance:
-            for layout in filter(new.is_complete, mine):
+        limits, hashed = self.options.limits, self.options.verify != "none"
+        if hashed:  # two things go on at once
+            limits = replace(limits, memory_budget=limits.memory_budget // 2)
+        behind = hashed and self.direction == "hf_to_mcore"
+        compared = self._compared_files(read, layouts) if behind else ()
+        beside = aside(read, without=compared, crew=self.crew)
+        effort = sum(map(new.effort, layouts)) + (beside.total if hashed else 0)
+        effort += sum(layout.size for layout in layouts) if behind else 0
+        mine = share_of(self.crew, layouts, [layout.payload_nbytes for layout in layouts])
+
+        def write(advance: Advance) -> Files:
+            complete = [layout for layout in mine if new.is_complete(layout)]
+            for layout in complete:
                 if rounded is not None:
                     _round_again(layout, rounded, tilings, limits)
                 advance(new.effort(layout))
+            files = {layout.path: entry_of(layout) for layout in complete if behind}
+            earlier = hash_files(
+                new.written(), files, limits=limits, advance=advance, checksums=True
+            )
             lacking = [layout for layout in mine if not new.is_complete(layout)]
-            new.write_files(lacking, rounded or source, tilings, limits=limits, advance=advance)
+            written = new.write_files(
+                lacking, rounded or source, tilings, limits=limits, advance=advance, hashed=behind
+            )
+            return {**earlier, **written}
+
+        started = time.perf_counter()
+        with self.crew.phase(self.options.progress, "convert", effort) as advance:
+            if hashed:
+                written, found = both(write, partial(beside.hash, limits=limits), advance)
+                self._add(found | Manifest(target=written))
+            else:
+                write(advance)
             self.peak_rss = sum(self.crew.gather(peak_rss()))
         self.convert_seconds = time.perf_counter() - started
         if rounded is not None:
@@ -171,16 +174,43 @@ class ConversionJob:
             if not self.options.allow_overflow:
                 refuse_overflow(self.losses, rounded.dtype)
 
-    def verify(self, hf: TensorSource, megatron: TensorSource) -> dict[str, str]:
-        """Compare both sides bit by bit as they lie on the disk.
+    def _compared_files(self, read: ReadSide, layouts: Sequence[FileLayout]) -> Files:
+        """The files whose bytes the comparison sees as they are, so that it can hash them.
+
+        Hugging Face's, which hold their tensors whole and one after the other, unless it compares
+        what they are rounded to.
+        """
+        if self.direction == "mcore_to_hf":
+            return {layout.path: entry_of(layout) for layout in layouts}
+        if self.dtype is not None:
+            return {}
+        return {name: entry for name, entry in read.files.items() if entry.parts}
+
+    def _add(self, hashes: Manifest) -> None:
+        """Learn of the hashes that every process has made."""
+        for share in self.crew.gather(hashes):
+            self.hashes |= share
+
+    def verify(
+        self,
+        hf: TensorSource,
+        megatron: TensorSource,
+        *,
+        read: ReadSide,
+        layouts: Sequence[FileLayout],
+        new: NewCheckpoint,
+    ) -> dict[str, str]:
+        """Compare both sides bit by bit as they lie on the disk, and hash Hugging Face's files.
+
+        Where they differ in dtype, with the source's rounded once more and in another way. What
+        lies around the tensors of the target is compared with what was laid out.
 
         Returns:
-            sha256 of every HF tensor where the conversion rounds; elsewhere `seal` has them.
-
-        Where they differ in dtype, with the source's rounded once more and in another way.
+            sha256 of every HF tensor; where an import rounds, of what it was rounded to.
 
         Raises:
-            VerificationError: BR305, with the first differing element of each tensor.
+            VerificationError: BR305, with the first differing element of each tensor, or byte of
+                each stretch around them.
         """
         if self.options.verify == "none":
             return {}
@@ -190,26 +220,53 @@ class ConversionJob:
         elif self.dtype is not None:
             megatron = RoundedSource(megatron, self.dtype, rounding=round_by_definition)
         tilings = self.plan.mcore_to_hf
-        sizes = [hf.tensors[name].nbytes for name in tilings]
-        mine = {name: tilings[name] for name in share_of(self.crew, list(tilings), sizes)}
-        with self.crew.phase(self.options.progress, "verify", sum(sizes)) as advance:
-            found = compare(
-                *(hf, megatron, mine), limits=self.options.limits, advance=advance,
-                hashed=self.dtype is not None,
+        mine = share_of(self.crew, layouts, [len(layout.literals) for layout in layouts])
+        total = sum(hf.tensors[name].nbytes for name in tilings)
+        total += sum(len(data) for layout in layouts for _, data in layout.literals)
+        with self.crew.phase(self.options.progress, "verify", total) as advance:
+            found = self._compare(hf, megatron, read, layouts, new, advance)
+            around = changed_literals(
+                new.written(), mine, self.hashes.target,
+                limits=self.options.limits, advance=advance,
             )  # fmt: skip
-            shares = self.crew.gather((found, peak_rss()))
+            shares = self.crew.gather((found, around, peak_rss()))
         self.verify_seconds += time.perf_counter() - started
-        self.peak_rss = sum(peak for _, peak in shares)
-        by_name = {digest.name: digest for share, _ in shares for digest in share}
+        self.peak_rss = sum(peak for *_, peak in shares)
+        by_name = {digest.name: digest for share, *_ in shares for digest in share}
         digests = [by_name[name] for name in tilings]
         wrong = [difference(self.plan, digest) for digest in digests if digest.num_different]
-        if wrong:
-            raise VerificationError(
-                f"{len(wrong)} tensors differ from their source after reading them back",
-                where=wrong,
-                hint="suspect the disk or the memory: the target was not created",
-            )
-        return {digest.name: digest.sha256 for digest in digests if digest.sha256}
+        refuse_differences(
+            f"{len(wrong)} tensors differ from their source after reading them back", wrong
+        )
+        wrong = sorted(place for _, share, _ in shares for place in share)
+        refuse_differences(AROUND, wrong)
+        return {digest.name: digest.sha256 for digest in digests}
+
+    def _compare(
+        self,
+        hf: TensorSource,
+        megatron: TensorSource,
+        read: ReadSide,
+        layouts: Sequence[FileLayout],
+        new: NewCheckpoint,
+        advance: Advance,
+    ) -> list[Digest]:
+        """Compare this process's share: of the files that can be hashed, or of the tensors."""
+        tilings, limits = self.plan.mcore_to_hf, self.options.limits
+        files = self._compared_files(read, layouts)
+        if not files:
+            sizes = [hf.tensors[name].nbytes for name in tilings]
+            some = {name: tilings[name] for name in share_of(self.crew, list(tilings), sizes)}
+            return compare(hf, megatron, some, limits=limits, advance=advance)
+        mine = share_of(self.crew, list(files), [one.nbytes for one in files.values()])
+        is_import = self.direction == "hf_to_mcore"
+        found, hashed = compare_files(
+            hf, megatron, tilings,
+            read.root if is_import else new.written(), {name: files[name] for name in mine},
+            limits=limits, advance=advance,
+        )  # fmt: skip
+        self._add(Manifest(source=hashed) if is_import else Manifest(target=hashed))
+        return found
 
     def verify_padding(self, megatron: TensorSource) -> None:
         """See that the rows which pad the vocabulary are zero as they lie on the disk.
@@ -232,25 +289,7 @@ class ConversionJob:
             nonzero_padding(self.plan, megatron, mine, limits=self.options.limits)
         )
         wrong = sorted(place for share in found for place in share)
-        if wrong:
-            raise VerificationError(
-                "the padding of the vocabulary is not zero after reading it back",
-                where=wrong,
-                hint="suspect the disk or the memory: the target was not created",
-            )
-
-    def seal(self, source: ReadSide, layouts: Sequence[FileLayout], new: NewCheckpoint) -> Sealed:
-        """Hash what was read and what was written; see `bridge.sealing.seal`."""
-        if self.options.verify == "none":
-            return Sealed()
-        started = time.perf_counter()
-        sealed = seal(
-            source, layouts, new,
-            crew=self.crew, limits=self.options.limits, progress=self.options.progress,
-        )  # fmt: skip
-        self.peak_rss = sum(self.crew.gather(peak_rss()))
-        self.verify_seconds += time.perf_counter() - started
-        return sealed
+        refuse_differences("the padding of the vocabulary is not zero after reading it back", wrong)
 
     def report(
         self,

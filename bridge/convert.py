@@ -39,6 +39,7 @@ from bridge.megatron_args import checkpoint_args
 from bridge.megatron_bridge import megatron_bridge_files
 from bridge.pipeline import plan_layout
 from bridge.plan import Plan, account_for
+from bridge.read_side import SourceWatch, hf_side, megatron_side
 from bridge.record import (
     RECORD_NAME,
     SIDE_DIRECTORY,
@@ -46,7 +47,7 @@ from bridge.record import (
     read_record,
     sha256_of,
 )
-from bridge.sealing import done_notes, hf_side, megatron_side, tensor_hashes, write_manifest
+from bridge.sealing import done_notes, tensor_hashes, write_manifest
 from bridge.side_files import carry, refuse_changed_config, write_side_files
 from bridge.spec import ModelSpec
 from bridge.storage.input_files import obeys_follow_links
@@ -157,6 +158,7 @@ def import_checkpoint(
             files.files,
             small=[record.to_json(), str(asked).encode(), *files.small_files.values()],
         )
+        watch = SourceWatch(side=read, job=job)
         if done := work.done_already(read, job):
             digests = tensor_hashes(done.source, plan.hf_shapes)
             return work.report(tensors, plan.hf_to_mcore, digests, [*done_notes(done), *notes])
@@ -168,7 +170,7 @@ def import_checkpoint(
             job=job,
             crew=crew,
         ) as new:
-            work.write(files.files, new, source, plan.hf_to_mcore)
+            work.write(files.files, new, source, plan.hf_to_mcore, read)
             if crew.rank == 0:
                 extra = megatron_bridge_files(
                     stored,
@@ -183,17 +185,16 @@ def import_checkpoint(
             crew.gather(None)  # the checkpoint can be opened now
             # The tracker that names the iteration may not be there yet.
             directory = new.written() / iteration_directory(_IMPORTED_ITERATION)
-            sealed = work.seal(read, files.files, new)  # what is hashed is compared afterwards
             with MegatronSource(directory) as written:
-                with work.blaming_the_source(read, job):
-                    digests = work.verify(source, written)
+                with watch.blamed():
+                    digests = work.verify(source, written, read=read, layouts=files.files, new=new)
                 work.verify_padding(written)
-            digests = digests or tensor_hashes(sealed.source, plan.hf_shapes)
             if crew.rank == 0:
                 record = replace(record, tensor_sha256=digests)
                 new.write_small_file(RECORD_NAME, record.to_json())
-                write_manifest(sealed, new, job.what)
-            work.refuse_changed_source(read, job)
+                write_manifest(work.hashes, new, job.what)
+            watch.refuse_changes()
+            crew.gather(None)  # nobody looks at it any more, or finds fault
         return work.report(tensors, plan.hf_to_mcore, digests, notes)
 
 
@@ -258,6 +259,7 @@ def export_checkpoint(
         small = [repr(index).encode(), str(asked).encode(), repr(tuple(options.carry)).encode()]
         beside = _beside(hf_model)
         job = work.job(read, layouts, small=small, beside=beside, also=_hashes(hf_model, beside))
+        watch = SourceWatch(side=read, job=job, beside=lambda: _beside(hf_model))
         if done := work.done_already(read, job):
             digests = tensor_hashes(done.target, plan.hf_shapes)
             return work.report(stored, plan.mcore_to_hf, digests, [*done_notes(done), *notes])
@@ -269,7 +271,7 @@ def export_checkpoint(
             job=job,
             crew=crew,
         ) as new:
-            work.write(layouts, new, source, plan.mcore_to_hf)
+            work.write(layouts, new, source, plan.mcore_to_hf, read)
             if crew.rank == 0:
                 if index is not None:
                     new.write_small_file(INDEX_NAME, index)
@@ -280,19 +282,18 @@ def export_checkpoint(
                 notes += consumer_notes(spec, json.loads(config))
             crew.gather(None)  # the checkpoint can be opened now
             names = [layout.path for layout in layouts]
-            sealed = work.seal(read, layouts, new)  # what is hashed is compared afterwards
             with (
                 SafetensorsSource(new.written(), files=names) as written,
-                work.blaming_the_source(read, job, beside=lambda: _beside(hf_model)),
+                watch.blamed(),
             ):
-                digests = work.verify(written, source)
-            digests = digests or tensor_hashes(sealed.target, plan.hf_shapes)
+                digests = work.verify(written, source, read=read, layouts=layouts, new=new)
             if crew.rank == 0:
-                write_manifest(sealed, new, job.what)
-            work.refuse_changed_source(read, job, beside=_beside(hf_model))
+                write_manifest(work.hashes, new, job.what)
+            watch.refuse_changes()
             notes = exact_notes(asked, dtype) + notes
             if record is not None and record.iteration == source.iteration and dtype is None:
                 notes += check_unchanged(record, digests)
+            crew.gather(None)  # nobody looks at it any more, or finds fault
         return work.report(stored, plan.mcore_to_hf, digests, notes)
 
 

@@ -16,20 +16,22 @@ import numpy as np
 import torch
 
 from bridge import __version__
+from bridge.comparison import refuse_differences
 from bridge.crew.live import LiveCrew
-from bridge.crew.protocol import Alone
 from bridge.crew.sharing import shared_checkpoint
 from bridge.dtypes import Dtype, Words, dtype_named
-from bridge.errors import VerificationError
+from bridge.hashing import hash_files
 from bridge.hf_config import CONFIG_NAME
+from bridge.literals import AROUND, changed_literals
 from bridge.live_export import export_hf, refuse_no_float
 from bridge.live_parameters import matched
+from bridge.manifest import Manifest, entry_of
 from bridge.megatron_args import checkpoint_args
 from bridge.parameters import Parameter
 from bridge.plan import Plan
-from bridge.progress import Progress, Silent
+from bridge.progress import Progress, Silent, unwatched
 from bridge.record import RECORD_NAME, SIDE_DIRECTORY, SourceRecord, sha256_of
-from bridge.sealing import seal, write_manifest
+from bridge.sealing import write_manifest
 from bridge.spec import ModelSpec, ParallelLayout
 from bridge.staging import as_words
 from bridge.storage.megatron import MegatronSource, check_stackable, layout_megatron
@@ -127,16 +129,22 @@ def save_hf(
                 written.write(name, weight)
         if crew.rank == 0:
             # By rank 0 alone, as it was written: the others may be where the target is not.
-            sealed = seal(
-                None, layouts, new,
-                crew=Alone(), limits=TransferLimits(), progress=progress or Silent(),
-            )  # fmt: skip
-            _refuse_differences(written.differences(place))
+            files_now = {layout.path: entry_of(layout) for layout in layouts}
+            total = sum(layout.size for layout in layouts)
+            with (progress or Silent()).phase("verify", total) as advance:
+                files_now = hash_files(place, files_now, limits=TransferLimits(), advance=advance)
+            _refuse_tensors(written.differences(files_now))
+            refuse_differences(
+                AROUND,
+                changed_literals(
+                    place, layouts, files_now, limits=TransferLimits(), advance=unwatched
+                ),
+            )
             if index is not None:
                 new.write_small_file(INDEX_NAME, index)
             for name, data in files.small.items():
                 new.write_small_file(name, data)
-            write_manifest(sealed, new, _what(plan, "hf"))
+            write_manifest(Manifest(target=files_now), new, _what(plan, "hf"))
         crew.gather(None)
 
 
@@ -191,24 +199,25 @@ def save_megatron(
     mine = [file for file in checkpoint.files if live.writes(file)]
     limits = limits or TransferLimits()
     with shared_checkpoint(target, overwrite=overwrite, last=(TRACKER_NAME,), crew=crew) as new:
-        total = sum(file.payload_nbytes for file in mine)
+        total = sum(file.payload_nbytes + file.size for file in mine)
         with crew.phase(progress or Silent(), "save", total) as advance:
             whole = {name: _as_it_is(one) for name, one in plan.parameters.items()}
-            new.write_files(mine, live, whole, limits=limits, advance=advance)
+            hashed = new.write_files(mine, live, whole, limits=limits, advance=advance, hashed=True)
+        shares = crew.gather(hashed)
         if crew.rank == 0:
             for name, data in checkpoint.small_files.items():
                 new.write_small_file(name, data)
             _write_record(new, plan, files, hf_model_id, iteration)
         crew.gather(None)  # the checkpoint can be opened now
-        sealed = seal(
-            None, checkpoint.files, new,
-            crew=crew, limits=limits, progress=progress or Silent(),
-        )  # fmt: skip
         with MegatronSource(new.written() / iteration_directory(iteration)) as written:
-            _refuse_differences(live.differences(written, mine))
+            _refuse_tensors(live.differences(written, mine))
+        refuse_differences(
+            AROUND, changed_literals(new.written(), mine, hashed, limits=limits, advance=unwatched)
+        )
         crew.gather(None)
         if crew.rank == 0:
-            write_manifest(sealed, new, _what(plan, "megatron"))
+            everything = {name: entry for share in shares for name, entry in share.items()}
+            write_manifest(Manifest(target=everything), new, _what(plan, "megatron"))
         crew.gather(None)
 
 
@@ -321,10 +330,7 @@ def _dtypes(
     return {name: dtype_named(found[name]) for name in _plan(spec, layout).parameters}
 
 
-def _refuse_differences(wrong: Sequence[str]) -> None:
-    if wrong:
-        raise VerificationError(
-            f"{len(wrong)} tensors differ from the live model after reading them back",
-            where=wrong,
-            hint="suspect the disk or the memory: the target was not created",
-        )
+def _refuse_tensors(wrong: Sequence[str]) -> None:
+    refuse_differences(
+        f"{len(wrong)} tensors differ from the live model after reading them back", wrong
+    )

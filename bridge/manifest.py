@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Self
 
 from bridge import __version__
@@ -35,6 +35,8 @@ class Part:
     offset: int
     nbytes: int
     sha256: str = ""
+    crc32: int = 0
+    """Where somebody asked for it; no manifest has it."""
 
     def __str__(self) -> str:
         """The tensor, and where in it the box begins unless that is at its beginning."""
@@ -42,7 +44,8 @@ class Part:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields = (name for name in self.__dataclass_fields__ if name != "crc32")
+        return {name: getattr(self, name) for name in fields}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,9 +96,19 @@ class Manifest:
 
     bridge_version: str = __version__
     what: Mapping[str, str] = field(default_factory=dict)
-    source: Files
+    source: Files = field(default_factory=dict)
     source_tensors: Mapping[str, str] = field(default_factory=dict)
-    target: Files
+    target: Files = field(default_factory=dict)
+
+    def __or__(self, other: Manifest) -> Manifest:
+        """What both know of one conversion."""
+        return replace(
+            self,
+            what={**self.what, **other.what},
+            source={**self.source, **other.source},
+            source_tensors={**self.source_tensors, **other.source_tensors},
+            target={**self.target, **other.target},
+        )
 
     def to_json(self) -> bytes:
         """Serialise, sealed with a hash of all its own bytes."""

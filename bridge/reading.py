@@ -43,7 +43,11 @@ class TransferLimits:
 
     @property
     def band_nbytes(self) -> int:
-        """Bytes of one buffer. Each thread holds at most four: two compared, two of scratch."""
+        """Bytes of one buffer, of which there are at most four for each thread.
+
+        Two that are compared, or one that is written and one that is hashed meanwhile; and as many
+        of scratch.
+        """
         return max(_MIN_BAND, min(_MAX_BAND, self.memory_budget // (4 * self.threads)))
 
     @property

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from bridge.casting import config_in, main_dtype, stated_dtype
 from bridge.dtypes import Dtype
 from bridge.errors import VerificationError
 from bridge.hf_config import CONFIG_NAME, hf_config_from_spec
-from bridge.record import SourceRecord, sha256_of
+from bridge.record import SIDE_DIRECTORY, SourceRecord, sha256_of
 from bridge.spec import ModelSpec
 from bridge.storage.new_checkpoint import NewCheckpoint
 from bridge.storage.remote import Location
@@ -68,6 +69,7 @@ def write_side_files(
         VerificationError: BR305, files that are not those which were imported.
     """
     if source is None:
+        _check_side_files(record, {}, Path(SIDE_DIRECTORY))
         where = CONFIG_NAME
         config = json.dumps(hf_config_from_spec(spec), indent=2).encode() + b"\n"
     else:
@@ -115,13 +117,17 @@ def _dtype_to_state(
 def refuse_changed_config(record: SourceRecord | None, directory: Location) -> None:
     """Hold a kept configuration against its hash on record, before a changed one is parsed.
 
+    One that is gone is not what was imported either: nobody is given another without asking.
+
     Raises:
         VerificationError: BR305, it is not the one that was imported.
     """
     path = directory / CONFIG_NAME
-    if record is None or CONFIG_NAME not in record.side_file_sha256 or not path.is_file():
+    if record is None or CONFIG_NAME not in record.side_file_sha256:
         return
-    found = {CONFIG_NAME: sha256_of(read_small_file(path))}
+    if not path.is_file() and path.exists():
+        return  # what is no file is refused by whoever opens it
+    found = {CONFIG_NAME: sha256_of(read_small_file(path))} if path.is_file() else {}
     only = replace(record, side_file_sha256={CONFIG_NAME: record.side_file_sha256[CONFIG_NAME]})
     _check_side_files(only, found, directory)
 

@@ -1,14 +1,15 @@
 """Move tensors from any source into files: constant memory, whatever the model.
 
 Work is cut by rows of tiles, never by tensor, so one tensor of 14 GB is no special case. Nothing is
-computed with the bytes but checksums; where they are runs of files, the kernel moves them.
+computed with the bytes but checksums; where they are runs of files, the kernel moves them. Files
+can be hashed behind the writing: read back while the system still has them in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -18,8 +19,9 @@ import numpy as np
 
 from bridge import reading
 from bridge.checksums import combine_crc32, crc32
-from bridge.comparison import Digest, compare
 from bridge.errors import PlanError
+from bridge.hashing import hash_file, read_windows
+from bridge.manifest import FileEntry, Files, Part, entry_of
 from bridge.progress import Advance
 from bridge.reading import (
     SEGMENT_NBYTES,
@@ -35,9 +37,7 @@ from bridge.tiling import Box, Tiling, bands
 
 __all__ = [
     "Advance",
-    "Digest",
     "TransferLimits",
-    "compare",
     "read_bands",
     "write_files",
 ]
@@ -52,7 +52,8 @@ def write_files(
     limits: TransferLimits,
     advance: Advance,
     done: Callable[[FileLayout], None] | None = None,
-) -> None:
+    hashed: bool = False,
+) -> Files:
     """Write files by their layouts, each payload filled from the source through its tiling.
 
     All of it is on the disk when this returns.
@@ -63,8 +64,12 @@ def write_files(
         source: What the tilings read.
         tilings: Target tensor to its tiling by tensors of `source`.
         limits: Memory and threads.
-        advance: Progress in payload bytes.
+        advance: Progress in payload bytes; where files are hashed, in all their bytes once more.
         done: Hears of each file once it is on the disk, in a thread of its own.
+        hashed: Read and hash each file behind whoever writes it.
+
+    Returns:
+        The files with their hashes, none where they are not hashed.
 
     Raises:
         CheckpointError: BR300, the system refuses a write (disk full, permissions).
@@ -73,12 +78,19 @@ def write_files(
     with (
         FileRanges(Path()) as files,
         Flusher() as flusher,
+        ThreadPoolExecutor(limits.threads) as helpers,
+        ThreadPoolExecutor(limits.threads) as behind,
         ThreadPoolExecutor(limits.threads) as pool,
     ):
         writer = _Writer(source, tilings, files, flusher, limits, advance, done)
+        entries: dict[str, FileEntry] = {}
         # The system lets one thread at a time write to a file: each gets a file of its own.
         for start in range(0, len(layouts), limits.threads):
-            writer.write(layouts[start : start + limits.threads], directory, pool)
+            with FileRanges(directory) as written:
+                follower = _Follower(written, helpers, limits, advance) if hashed else None
+                some = layouts[start : start + limits.threads]
+                entries |= writer.write(some, directory, pool, behind, follower)
+    return entries
 
 
 @dataclass(slots=True)
@@ -92,6 +104,41 @@ class _Segment:
     nbytes: int
     crc32: int = 0
     """Once it is written, where the payload wants it."""
+    written: Future[None] = field(default_factory=Future)
+
+
+@dataclass(slots=True)
+class _NewFile:
+    """A file that is written, and the segments of its payloads, these by ascending offset."""
+
+    layout: FileLayout
+    file: NewFile
+    payloads: list[list[_Segment]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Follower:
+    """Hashes files as they can be read, up to where they are complete."""
+
+    written: FileRanges
+    helpers: ThreadPoolExecutor
+    limits: TransferLimits
+    advance: Advance
+
+    def hash(self, layout: FileLayout, complete: Callable[[], None]) -> FileEntry:
+        """Hash a file, waiting for each payload in turn until it is `complete`."""
+
+        def windows(part: Part) -> Iterator[memoryview]:
+            complete()  # and with it what lies before it, where its checksum is
+            return read_windows(
+                self.written, layout.path, part.offset, part.offset + part.nbytes,
+                limits=self.limits, advance=self.advance,
+            )  # fmt: skip
+
+        return hash_file(
+            self.written, layout.path, entry_of(layout), limits=self.limits,
+            advance=self.advance, helpers=self.helpers, windows=windows, checksums=True,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,25 +154,55 @@ class _Writer:
     done: Callable[[FileLayout], None] | None
 
     def write(
-        self, layouts: Sequence[FileLayout], directory: Path, pool: ThreadPoolExecutor
-    ) -> None:
-        """Write some files, a segment of each in turn."""
-        queues = []
+        self,
+        layouts: Sequence[FileLayout],
+        directory: Path,
+        pool: ThreadPoolExecutor,
+        behind: ThreadPoolExecutor,
+        follower: _Follower | None,
+    ) -> dict[str, FileEntry]:
+        """Write some files, a segment of each in turn, and see behind it that each is complete."""
+        files = []
         for layout in layouts:
             file = self.flusher.create(directory, layout.path, layout.size)
             for offset, literal in layout.literals:
                 file.write(literal, offset)
             payloads = sorted(layout.payloads, key=lambda payload: payload.offset)
-            parts = [self._segments(file, payload) for payload in payloads]
-            queues.append((layout, file, parts))
-        turns = zip_longest(*(chain.from_iterable(parts) for *_, parts in queues))
-        all_or_first_error(
-            pool.submit(self._write_segment, one) for one in chain.from_iterable(turns) if one
-        )
-        for layout, file, parts in queues:
-            for segments in parts:
-                self._write_crc32(segments)
-            self.flusher.finish(file, then=self.done and partial(self.done, layout))
+            segments = [self._segments(file, payload) for payload in payloads]
+            files.append(_NewFile(layout, file, segments))
+        turns = zip_longest(*(chain.from_iterable(one.payloads) for one in files))
+
+        def submitted() -> Iterator[Future[Any]]:
+            for segment in filter(None, chain.from_iterable(turns)):
+                segment.written = pool.submit(self._write_segment, segment)
+                yield segment.written
+            for one in files:
+                yield behind.submit(self._complete, one, follower)
+
+        found = all_or_first_error(submitted())
+        for one in files:
+            self.flusher.finish(one.file, then=self.done and partial(self.done, one.layout))
+        entries = found[len(found) - len(files) :]
+        return {one.layout.path: entry for one, entry in zip(files, entries, strict=True) if entry}
+
+    def _complete(self, new: _NewFile, follower: _Follower | None) -> FileEntry | None:
+        """Give each payload its checksum as soon as it is written, and hash up to there."""
+        waiting = iter(new.payloads)
+
+        def complete() -> None:
+            segments = next(waiting)
+            for segment in segments:
+                segment.written.result()
+            self._write_crc32(segments)
+
+        try:
+            if follower is not None:
+                return follower.hash(new.layout, complete)
+            for _ in new.payloads:
+                complete()
+        except CancelledError:
+            pass  # somebody else has failed, and says why
+        return None
 
     def _segments(self, file: NewFile, payload: Payload) -> list[_Segment]:
         itemsize = _word(self.tilings[payload.tensor], self.source.tensors).itemsize

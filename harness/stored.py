@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from bridge.agreement import spec_differences, spec_of_args
+from bridge.comparison import compare
 from bridge.errors import BridgeError, ConfigError
 from bridge.padding import nonzero_padding
 from bridge.plan import Plan, account_for
@@ -15,7 +16,7 @@ from bridge.record import read_record
 from bridge.spec import ModelSpec
 from bridge.storage.megatron import MegatronSource
 from bridge.storage.safetensors import SafetensorsSource
-from bridge.transfer import TransferLimits, compare
+from bridge.transfer import TransferLimits
 from harness.bench import Bench
 from harness.compare import Finding, exact
 from harness.recorded import changed_since_import, record_differences

@@ -197,6 +197,13 @@ class FileRanges:
             self.read_into(name, offset + first * row, scratch)
             out[first - box.starts[0] : last - box.starts[0]] = scratch[(slice(None), *inner)]
 
+    def release(self, name: str) -> None:
+        """Close a file that nobody reads now; reading it again opens it again."""
+        with self._lock:
+            descriptor = self._descriptors.pop(name, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
     def close(self) -> None:
         """Close every file."""
         with self._lock:

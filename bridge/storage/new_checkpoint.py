@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from bridge.errors import CheckpointError, UsageError
+from bridge.manifest import Files
 from bridge.progress import Advance
 from bridge.storage.building import building_site, new_directory
 from bridge.storage.disk import refusals
@@ -59,16 +60,17 @@ class NewDirectory:
         *,
         limits: TransferLimits,
         advance: Advance,
-    ) -> None:
+        hashed: bool = False,
+    ) -> Files:
         """Write files in place; see `bridge.transfer.write_files`."""
         write = partial(
-            write_files, layouts, self.place, source, tilings, limits=limits, advance=advance
-        )
+            write_files, layouts, self.place, source, tilings,
+            limits=limits, advance=advance, hashed=hashed,
+        )  # fmt: skip
         if self.journal is None:
-            write()
-            return
+            return write()
         with writing(self.journal.root, self.journal.claim):
-            write(done=self.journal.note)
+            return write(done=self.journal.note)
 
     def write_small_file(self, name: str, data: bytes) -> None:
         """Write a file and see it to the disk."""

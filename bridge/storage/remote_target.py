@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bridge.errors import CheckpointError, TargetExistsError
+from bridge.manifest import FileEntry, Files
 from bridge.progress import Advance
 from bridge.storage.journal import Job, is_job, refuse_other_job
 from bridge.storage.remote import RemotePath, backend_errors
@@ -74,23 +75,26 @@ class NewPrefix:
         *,
         limits: TransferLimits,
         advance: Advance,
-    ) -> None:
+        hashed: bool = False,
+    ) -> Files:
         """Build and upload files one by one; see `bridge.transfer.write_files`.
 
         Raises:
             CheckpointError: BR300, no room to build the largest, or the backend fails.
         """
+        entries: dict[str, FileEntry] = {}
         if not layouts:
             sweep(self.staging)  # as `staging_directory` does for whoever has something to build
-            return
+            return entries
         largest = max(layout.size for layout in layouts)
         with staging_directory(self.staging, needed=largest) as directory:
             for layout in layouts:
                 built = directory / layout.path
                 try:
-                    write_files(
-                        [layout], directory, source, tilings, limits=limits, advance=advance
-                    )
+                    entries |= write_files(
+                        [layout], directory, source, tilings,
+                        limits=limits, advance=advance, hashed=hashed,
+                    )  # fmt: skip
                 except CheckpointError as error:
                     cause = error.__cause__
                     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
@@ -100,6 +104,7 @@ class NewPrefix:
                     raise
                 upload(built, self.place / layout.path, advance=advance)
                 built.unlink()
+        return entries
 
     def write_small_file(self, name: str, data: bytes) -> None:
         """Upload a file, or keep it for the end if it is one of the last."""

@@ -155,6 +155,9 @@ def _measure(
             references={}
             if trial.name.startswith(_CP)
             else {"cp": outcomes.get(_CP), "cp_on_disk": outcomes.get(_CP_TO_DISK)},
+            plain=outcomes.get(trial.name.replace(" bits", " none"))
+            if trial.name.endswith(" bits")
+            else None,
             limits=_limits(trial.name, cache, budget, size),
         )
         for trial in trials
@@ -166,7 +169,7 @@ def _limits(name: str, cache: Cache, budget: int, size: int) -> Mapping[str, flo
         return {}
     bounds = {"peak_rss_bytes": float(budget + RSS_ABOVE_BUDGET)}
     if cache == "warm" and size >= profile.RATIOS_FROM_BYTES:
-        bounds["verify_ratio_to_cp"] = MAX_VERIFY_OF_CP
+        bounds["added_ratio_to_cp"] = MAX_VERIFY_OF_CP
         if name.endswith("none"):
             bounds["ratio_to_cp"] = MAX_WALL_OF_CP
     return bounds

@@ -33,6 +33,7 @@ _ALSO: Final[Mapping[str, Callable[[float], str]]] = {
     "convert_seconds": lambda value: f"converting {value:.2f} s",
     "verify_seconds": lambda value: f"verifying {value:.2f} s",
     "verify_ratio_to_cp": lambda value: f"verifying {value:.2f} x cp",
+    "added_ratio_to_cp": lambda value: f"{value:.2f} x cp more than without",
     "ratio_to_cp_on_disk": lambda value: f"{value:.2f} x cp on disk",
     "start_seconds": lambda value: f"start {value:.1f} s",
     "build_seconds": lambda value: f"building {value:.1f} s",
@@ -56,7 +57,7 @@ _ALSO: Final[Mapping[str, Callable[[float], str]]] = {
 }
 _LIMITS: Final[Mapping[str, tuple[str, Callable[[float], str]]]] = {
     "ratio_to_cp": ("time", lambda value: f"{value:.2f} x cp"),
-    "verify_ratio_to_cp": ("verifying", lambda value: f"{value:.2f} x cp"),
+    "added_ratio_to_cp": ("verifying", lambda value: f"{value:.2f} x cp"),
     "peak_rss_bytes": ("memory", gib),
     "median_seconds": ("time", lambda value: f"{value:.2f} s"),
 }

@@ -138,6 +138,7 @@ def measurement(
     conditions: Mapping[str, str | int | float],
     size: int | None = None,
     references: Mapping[str, Outcome | None] = MappingProxyType({}),
+    plain: Outcome | None = None,
     limits: Mapping[str, float] = MappingProxyType({}),
 ) -> Measurement:
     """Sum up the runs of a trial.
@@ -149,6 +150,7 @@ def measurement(
         conditions: What it ran under.
         size: Bytes that it moved, for a rate.
         references: The runs that it is held against, such as those of `cp`, by name.
+        plain: The runs of the same without something: what that adds is held against them, too.
         limits: What values may be at most; `median_seconds` is one. Those it has not have none.
     """
     if outcome.problem:
@@ -167,6 +169,8 @@ def measurement(
         if reference is None or not reference.median:
             continue
         values[f"ratio_to_{called}"] = middle / reference.median
+        if plain is not None and plain.median:
+            values[f"added_ratio_to_{called}"] = (middle - plain.median) / reference.median
         for name in ("verify", "load"):
             if f"{name}_seconds" in values:
                 values[f"{name}_ratio_to_{called}"] = values[f"{name}_seconds"] / reference.median

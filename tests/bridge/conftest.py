@@ -1,4 +1,4 @@
-"""A small checkpoint; and an object store that tests can watch and break.
+"""A small checkpoint, a disk that gets full, and an object store that tests can watch and break.
 
 The store is `store://`, in memory, through fsspec.
 """
@@ -16,7 +16,9 @@ import pytest
 from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
+from bridge.storage import new_files
 from harness.toys import toy_named, write_checkpoint
+from tests.bridge.resuming import Failing
 
 
 @pytest.fixture(scope="session")
@@ -131,3 +133,23 @@ def store() -> Iterator[type[Store]]:
     Store.clear()
     yield Store
     Store.clear()
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Failing:
+    """Let the disk be full after so many files; zero heals it."""
+    finish = new_files.NewFile.finish
+    left = [0]
+
+    def full_disk(file: new_files.NewFile) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            with file._refusals():
+                raise OSError(28, "No space left on device", str(file.path))
+        finish(file)
+
+    def fail_after(count: int) -> None:
+        left[0] = count + 1 if count else 0
+        monkeypatch.setattr(new_files.NewFile, "finish", full_disk if count else finish)
+
+    return fail_after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 
 from bridge import comparison
-from bridge.comparison import Digest, compare
+from bridge.comparison import Digest, compare, compare_files
 from bridge.errors import CorruptFileError
+from bridge.manifest import FileEntry, Part
 from bridge.storage.files import FileRanges
 from bridge.storage.safetensors import SafetensorsSource
 from bridge.tiling import Box, Tile, Tiling
@@ -213,3 +215,52 @@ def test_what_has_no_files_is_compared_with_what_has(
         ):
             (digest,) = compare(one, other, tilings, limits=TINY, advance=lambda _: None)
             assert (digest.first_difference, digest.num_different) == ((5, 6), 1)
+
+
+def test_a_file_is_open_as_long_as_it_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of a thousand shards may be compared where a thousand files may be open."""
+    arrays = {f"t{n}": counting()[:40] for n in range(30)}
+    expected = tmp_path / "expected"
+    write_source(tmp_path / "actual", arrays)
+    for number, (name, array) in enumerate(arrays.items()):
+        shard = write_source(tmp_path / f"{number}", {name: array}) / "model.safetensors"
+        expected.mkdir(exist_ok=True)
+        shard.rename(expected / f"{number}.safetensors")
+    index = {"weight_map": {name: f"{number}.safetensors" for number, name in enumerate(arrays)}}
+    (expected / "model.safetensors.index.json").write_text(json.dumps(index))
+    tilings = {}
+    for name, array in arrays.items():
+        whole = Box.whole(array.shape)
+        tilings[name] = Tiling(array.shape, (Tile(name, whole, whole),))
+    most, lock, first_and_count = 0, Lock(), comparison.first_and_count
+
+    def watched(*args: Any, **how: Any) -> tuple[int, int]:  # noqa: ANN401
+        nonlocal most
+        with lock:
+            most = max(most, len(list(Path("/proc/self/fd").iterdir())))
+        return first_and_count(*args, **how)
+
+    monkeypatch.setattr(comparison, "first_and_count", watched)
+    with (
+        SafetensorsSource(expected) as one,
+        SafetensorsSource(tmp_path / "actual") as other,
+    ):
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        files = {
+            header.file: FileEntry(
+                nbytes=(expected / header.file).stat().st_size,
+                parts=tuple(
+                    Part(tensor=name, starts=(0, 0), offset=found.offset, nbytes=found.info.nbytes)
+                    for name, found in header.tensors.items()
+                ),
+            )
+            for header in one.headers.values()
+        }
+        digests, hashed = compare_files(
+            one, other, tilings, expected, files, limits=TINY, advance=lambda _: None
+        )
+    assert len(digests) == len(hashed) == 30
+    assert not any(digest.num_different for digest in digests)
+    assert most - before <= 1 + TINY.threads + 1  # of the other side, of this one, and the listing

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ from bridge.errors import (
     AccountingError,
     BridgeError,
     CheckpointError,
-    ConfigError,
     CorruptFileError,
     DtypeMismatchError,
     VerificationError,
@@ -58,9 +59,10 @@ def test_one_flipped_bit_in_the_written_checkpoint_is_found_and_named(
     from bridge.transfer import write_files
 
     def write_and_damage(layouts, directory, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN202 (a wrapper of any signature)
-        write_files(layouts, directory, *args, **kwargs)
+        written = write_files(layouts, directory, *args, **kwargs)
         payload = layouts[0].payloads[3]
         flip_one_bit(directory / layouts[0].path, payload.offset + payload.nbytes // 2)
+        return written
 
     monkeypatch.setattr(new_checkpoint, "write_files", write_and_damage)
     with pytest.raises(VerificationError) as caught:
@@ -68,6 +70,45 @@ def test_one_flipped_bit_in_the_written_checkpoint_is_found_and_named(
     assert len(caught.value.where) == 1
     assert "1 elements differ" in caught.value.where[0]
     assert not (tmp_path / "megatron").exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "marker", "skip"),
+    [("import", b"PK\3\4", 12), ("import", b"archive/data/0", 14 - 30), ("export", b'"pt"', 1)],
+    ids=["date", "checksum", "format"],
+)
+def test_a_flipped_bit_around_the_tensors_is_found_though_no_reader_minds(
+    super_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    marker: bytes,
+    skip: int,
+) -> None:
+    """The date of an entry of an archive, a tensor's checksum, safetensors' metadata."""
+    from bridge.storage import new_checkpoint
+    from bridge.transfer import write_files
+
+    def write_and_damage(layouts, directory, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN202 (a wrapper of any signature)
+        written = write_files(layouts, directory, *args, **kwargs)
+        file = directory / layouts[0].path
+        places.append(file.read_bytes().index(marker) + skip)
+        flip_one_bit(file, places[0])
+        return written
+
+    places: list[int] = []
+    convert: Callable[..., object] = import_checkpoint
+    source = super_checkpoint
+    if what == "export":
+        import_checkpoint(super_checkpoint, tmp_path / "megatron")
+        convert = partial(export_checkpoint, max_shard_size=1 << 20)
+        source = tmp_path / "megatron"
+    monkeypatch.setattr(new_checkpoint, "write_files", write_and_damage)
+    with pytest.raises(VerificationError, match="around their tensors") as caught:
+        convert(source, tmp_path / "target")
+    (place,) = caught.value.where
+    assert place.endswith(f": byte {places[0]}")
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_changed_side_file_is_noticed(super_checkpoint: Path, tmp_path: Path) -> None:
@@ -109,6 +150,23 @@ def test_a_record_without_hashes_is_said_and_one_that_lacks_some_is_refused(
     assert not (tmp_path / "other").exists()
 
 
+def test_side_files_that_are_away_for_a_moment_are_not_taken_for_none(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a mount comes and goes: another configuration would be written in their place."""
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    is_dir = Path.is_dir
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name != SIDE_DIRECTORY and is_dir(path))
+    with pytest.raises(VerificationError, match="side files are not those") as caught:
+        export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    assert f"{SIDE_DIRECTORY}/tokenizer.json" in caught.value.where
+    assert not (tmp_path / "back").exists()
+    monkeypatch.undo()
+    export_checkpoint(
+        tmp_path / "megatron", tmp_path / "back", hf_model=super_checkpoint / "config.json"
+    )
+
+
 @pytest.mark.parametrize(
     ("break_it", "kind"),
     [
@@ -116,9 +174,10 @@ def test_a_record_without_hashes_is_said_and_one_that_lacks_some_is_refused(
         (lambda root: (root / "iter_0000000" / ".metadata").unlink(), CheckpointError),
         (lambda root: (root / "iter_0000000" / "__0_0.distcp").unlink(), CheckpointError),
         (lambda root: (root / RECORD_NAME).write_text("{}"), CorruptFileError),
-        (lambda root: (root / SIDE_DIRECTORY / "config.json").unlink(), ConfigError),
+        (lambda root: (root / SIDE_DIRECTORY / "config.json").unlink(), VerificationError),
+        (lambda root: shutil.rmtree(root / SIDE_DIRECTORY), VerificationError),
     ],
-    ids=["tracker", "metadata", "weights", "record", "config"],
+    ids=["tracker", "metadata", "weights", "record", "config", "side files"],
 )
 def test_a_damaged_checkpoint_is_one_clear_error_and_no_target(
     super_checkpoint: Path,
@@ -213,10 +272,11 @@ def test_padding_that_is_not_zero_is_found_when_reading_back(
     from bridge.transfer import write_files
 
     def write_and_damage(layouts, directory, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN002, ANN003, ANN202 (a wrapper of any signature)
-        write_files(layouts, directory, *args, **kwargs)
+        written = write_files(layouts, directory, *args, **kwargs)
         for payload in layouts[0].payloads:
             if payload.tensor == "embedding.word_embeddings.weight":
                 flip_one_bit(directory / layouts[0].path, payload.offset + payload.nbytes - 1)
+        return written
 
     monkeypatch.setattr(new_checkpoint, "write_files", write_and_damage)
     with pytest.raises(VerificationError) as caught:

@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import struct
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from safetensors import safe_open
@@ -14,9 +17,12 @@ from safetensors import safe_open
 from bridge.conversion import ConversionOptions
 from bridge.conversion_job import ConversionJob
 from bridge.convert import export_checkpoint, import_checkpoint
+from bridge.dtypes import Words
 from bridge.errors import CheckpointError, CorruptFileError, UnsafeFileError, VerificationError
-from bridge.manifest import read_manifest
+from bridge.manifest import FileEntry, Manifest, Part, read_manifest
 from bridge.manifest_check import check_manifest
+from bridge.reading import TransferLimits
+from bridge.storage.files import FileRanges
 from bridge.storage.new_checkpoint import NewDirectory
 from bridge.storage.source import TensorSource
 from bridge.storage.target import MANIFEST_NAME
@@ -42,6 +48,24 @@ def flip(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
+def assert_hashes(directory: Path, source: Path) -> None:
+    """Every file of both sides is there, by `sha256sum`'s measure, and so is every part of it."""
+    manifest = read_manifest(directory)
+    assert manifest is not None
+    names = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
+    assert manifest.target.keys() == names - {MANIFEST_NAME}
+    weights = {str(p.relative_to(source)) for p in source.rglob("*") if p.stat().st_size > 50_000}
+    assert weights
+    assert manifest.source.keys() >= weights
+    for root, files in ((directory, manifest.target), (source, manifest.source)):
+        for name, entry in files.items():
+            data = (root / name).read_bytes()
+            assert (entry.nbytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+            for part in entry.parts:
+                own = data[part.offset : part.offset + part.nbytes]
+                assert part.sha256 == hashlib.sha256(own).hexdigest()
+
+
 def test_its_hashes_are_those_of_the_files_and_tensors(
     pair: tuple[Path, Path], super_checkpoint: Path
 ) -> None:
@@ -49,14 +73,7 @@ def test_its_hashes_are_those_of_the_files_and_tensors(
     import torch
 
     for directory, source in zip(pair, (super_checkpoint, pair[0]), strict=True):
-        manifest = read_manifest(directory)
-        assert manifest is not None
-        names = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
-        assert manifest.target.keys() == names - {MANIFEST_NAME}
-        for root, files in ((directory, manifest.target), (source, manifest.source)):
-            for name, entry in files.items():
-                data = (root / name).read_bytes()
-                assert (entry.nbytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert_hashes(directory, source)
     imported, exported = (read_manifest(directory) for directory in pair)
     assert imported is not None
     assert exported is not None
@@ -68,9 +85,74 @@ def test_its_hashes_are_those_of_the_files_and_tensors(
                     data = tensors.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
                     assert found.pop(name).sha256 == hashlib.sha256(data).hexdigest()
         assert found == {}
-    assert len(exported.source_tensors) == len(
-        {p.tensor for e in imported.target.values() for p in e.parts}
+    everything = {part.tensor for entry in imported.target.values() for part in entry.parts}
+    assert exported.source_tensors.keys() == everything
+    sizes, whole = Counter[str](), set()
+    for entry in imported.target.values():
+        for part in entry.parts:
+            sizes[part.tensor] += part.nbytes
+    for entry in imported.target.values():
+        for part in entry.parts:
+            if part.nbytes == sizes[part.tensor]:
+                assert part.sha256 == exported.source_tensors[part.tensor]
+                whole.add(part.tensor)
+    assert whole
+    assert whole != everything
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("dtype", [None, "float32", "float16"])
+def test_they_are_so_whatever_is_rounded_and_however_it_is_cut(
+    super_checkpoint: Path,
+    tmp_path: Path,
+    tp: int,
+    dtype: Literal["bfloat16", "float16", "float32"] | None,
+) -> None:
+    """What is compared is then not what lies in the files, and they are hashed by themselves."""
+    options = ConversionOptions(dtype=dtype, limits=TransferLimits(memory_budget=1, threads=3))
+    import_checkpoint(
+        super_checkpoint,
+        tmp_path / "megatron",
+        tensor_model_parallel_size=tp,
+        options=options,
     )
+    assert_hashes(tmp_path / "megatron", super_checkpoint)
+    export_checkpoint(
+        tmp_path / "megatron",
+        tmp_path / "back",
+        max_shard_size=100_000,
+        options=replace(options, dtype="bfloat16" if dtype else None),
+    )
+    assert_hashes(tmp_path / "back", tmp_path / "megatron")
+
+
+def test_the_comparison_reads_each_byte_once_and_nobody_reads_it_again(
+    super_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is hashed is what was compared: nothing is read for its hash alone."""
+    read = Counter[str]()
+    read_into, verify = FileRanges.read_into, ConversionJob.verify
+
+    def counted(ranges: FileRanges, name: str, offset: int, out: Words) -> None:
+        read[Path(name).name] += out.nbytes
+        read_into(ranges, name, offset, out)
+
+    def watched(job: ConversionJob, *sides: TensorSource, **what: Any) -> dict[str, str]:  # noqa: ANN401
+        read.clear()
+        digests = verify(job, *sides, **what)
+        found.append(read.copy())
+        return digests
+
+    found: list[Counter[str]] = []
+    monkeypatch.setattr(FileRanges, "read_into", counted)
+    monkeypatch.setattr(ConversionJob, "verify", watched)
+    import_checkpoint(super_checkpoint, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    imported, exported = found
+    for path in super_checkpoint.glob("*.safetensors"):
+        (header,) = struct.unpack("<Q", path.read_bytes()[:8])
+        assert imported[path.name] == path.stat().st_size
+        assert exported[path.name] == path.stat().st_size + 8 + header  # as it was laid out, too
 
 
 def test_any_byte_that_changes_is_found_with_its_tensor(pair: tuple[Path, Path]) -> None:
@@ -153,6 +235,32 @@ def test_a_manifest_that_points_elsewhere_is_refused(pair: tuple[Path, Path], na
         check_manifest(pair[1])
 
 
+def test_a_lying_manifest_has_nothing_read_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever tensors it says are where; each of its files is what is different."""
+    part = Part(tensor="t", starts=(0,), offset=0, nbytes=1_000_000, sha256="0" * 64)
+    odd = [part, replace(part, offset=-5), replace(part, offset=900_000), replace(part, nbytes=-1)]
+    files = {
+        f"f{n}": FileEntry(nbytes=1_000_000, sha256="0" * 64, parts=(*[one] * 500, *odd))
+        for n, one in enumerate(odd)
+    }
+    for name in files:
+        (tmp_path / name).write_bytes(bytes(1_000_000))
+    (tmp_path / MANIFEST_NAME).write_bytes(Manifest(target=files).to_json())
+    read = []
+    read_into = FileRanges.read_into
+
+    def counted(ranges: FileRanges, name: str, offset: int, out: Words) -> None:
+        read.append(out.nbytes)
+        read_into(ranges, name, offset, out)
+
+    monkeypatch.setattr(FileRanges, "read_into", counted)
+    found = {text.partition(":")[0] for text in check_manifest(tmp_path).differences}
+    assert found == set(files)
+    assert sum(read) <= len(files) * 2_000_000
+
+
 def test_equal_conversions_have_equal_manifests(super_checkpoint: Path, tmp_path: Path) -> None:
     """It names no path, no time and no number of workers."""
     (tmp_path / "elsewhere").mkdir()
@@ -211,10 +319,10 @@ def test_what_is_hashed_has_been_compared(
     """A bit that flips while the target is looked at is in no manifest."""
     verify = ConversionJob.verify
 
-    def late(job: ConversionJob, *sides: TensorSource) -> dict[str, str]:
+    def late(job: ConversionJob, *sides: TensorSource, **what: Any) -> dict[str, str]:  # noqa: ANN401
         (file,) = (tmp_path / ".megatron.partial" / "data").rglob("__0_0.distcp")
         before = file.read_bytes()
-        found = verify(job, *sides)
+        found = verify(job, *sides, **what)
         assert file.read_bytes() == before
         flip(file, len(before) // 2)
         return found

@@ -24,11 +24,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bridge.comparison import compare
 from bridge.dtypes import Words, dtype_named
 from bridge.errors import BridgeError, CheckpointError, CorruptFileError
 from bridge.storage.source import FileLayout, Payload, TensorInfo, TensorSource
 from bridge.tiling import Box, Tile, Tiling
-from bridge.transfer import TransferLimits, compare, read_bands, write_files
+from bridge.transfer import TransferLimits, read_bands, write_files
 
 MakeSource = Callable[..., Any]
 Array = np.ndarray[Any, Any]
@@ -498,7 +499,8 @@ from pathlib import Path
 from bridge.storage.safetensors import SafetensorsSource
 from bridge.storage.safetensors_layout import layout_from_header
 from bridge.tiling import Box, Tile, Tiling
-from bridge.transfer import TransferLimits, compare, write_files
+from bridge.comparison import compare
+from bridge.transfer import TransferLimits, write_files
 
 top = Path(sys.argv[1])
 shape = (3 << 13, 1 << 12)

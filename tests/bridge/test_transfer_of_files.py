@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bridge import reading, transfer
+from bridge import hashing, reading, transfer
 from bridge.errors import CheckpointError, CorruptFileError
+from bridge.manifest import FileEntry
 from bridge.storage.files import FileRanges
 from bridge.storage.new_files import NewFile
 from bridge.storage.safetensors import SafetensorsSource
@@ -119,6 +123,68 @@ def test_runs_are_moved_without_a_buffer(
     for layout in layouts:
         assert (tmp_path / layout.path).read_bytes() == file_of(expected)
     assert sum(done) == 5 * len(expected)
+
+
+@pytest.mark.parametrize("segment", [1 << 26, 100_000], ids=["one segment", "many"])
+def test_files_are_hashed_behind_the_writing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: SafetensorsSource,
+    segment: int,
+) -> None:
+    """With the checksum in front of the tensor, which is known last; slow writers are awaited."""
+    monkeypatch.setattr(transfer, "SEGMENT_NBYTES", segment)
+    copy = NewFile.copy
+
+    def slowly(file: NewFile, *args: Any) -> None:  # noqa: ANN401
+        time.sleep(0.01)
+        copy(file, *args)
+
+    monkeypatch.setattr(NewFile, "copy", slowly)
+    done: list[int] = []
+    layouts = [layout_of(grouped(), f"sub/f{n}") for n in range(5)]
+    found = write_files(
+        layouts, tmp_path, source, {"t": grouped()},
+        limits=TINY, advance=done.append, hashed=True,
+    )  # fmt: skip
+    assert found.keys() == {layout.path for layout in layouts}
+    for name, entry in found.items():
+        data = (tmp_path / name).read_bytes()
+        assert (entry.nbytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        (part,) = entry.parts
+        assert part.sha256 == hashlib.sha256(data[5:-4]).hexdigest()
+    assert sum(done) == sum(layout.payload_nbytes + layout.size for layout in layouts)
+
+
+@pytest.mark.parametrize("what", ["write", "hash"])
+def test_a_failure_of_either_is_the_error_and_ends_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: SafetensorsSource, what: str
+) -> None:
+    """Not that somebody else was stopped for it, who waits for a file that is not written now."""
+    monkeypatch.setattr(transfer, "SEGMENT_NBYTES", 100_000)
+    copy, hash_file = NewFile.copy, hashing.hash_file
+
+    def broken(file: NewFile, *args: Any) -> None:  # noqa: ANN401
+        if what == "hash":
+            time.sleep(0.2)
+        elif file.path.name == "f1":
+            raise CheckpointError("no room")
+        copy(file, *args)
+
+    def failing(ranges: FileRanges, name: str, *args: Any, **how: Any) -> FileEntry:  # noqa: ANN401
+        if name == "f1" and what == "hash":
+            raise CheckpointError("no reading")
+        return hash_file(ranges, name, *args, **how)
+
+    monkeypatch.setattr(NewFile, "copy", broken)
+    monkeypatch.setattr(transfer, "hash_file", failing)
+    before = threading.active_count()
+    with pytest.raises(CheckpointError, match="no room" if what == "write" else "no reading"):
+        write_files(
+            [layout_of(grouped(), f"f{n}") for n in range(3)], tmp_path, source, {"t": grouped()},
+            limits=TINY, advance=lambda _: None, hashed=True,
+        )  # fmt: skip
+    assert threading.active_count() == before
 
 
 def test_padding_and_runs_make_one_payload(

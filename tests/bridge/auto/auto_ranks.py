@@ -9,13 +9,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
-from bridge import AutoBridge, platform
+from bridge import AutoBridge, hashing, live_save, platform
 from bridge.errors import BridgeError
 from bridge.forward import forward
 from bridge.live_layout import bare_parts, layout_of
+from bridge.manifest import FileEntry, Files
+from bridge.storage.new_checkpoint import NewDirectory
 from harness.ranks import RankContext
 
 INPUT_IDS = torch.arange(3, 25).reshape(2, 11)
@@ -157,6 +160,7 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
     if last:
         config.layernorm_epsilon = kept
     _note_other_frequencies(note, bridge, model, hf, out)
+    _note_damage(note, bridge, model, out)
     half: dict[str, Any] = {"weight_dtype": torch.float16}
     note("overflow", lambda: list(bridge.export_hf_weights(model, **half)))
     note("overflow saved", partial(bridge.save_hf_weights, **half), model, out)
@@ -166,6 +170,35 @@ def refusals(_context: RankContext, hf: Path, other: Path, more: Path, out: Path
     note("adapter saved", bridge.save_hf_pretrained, model, out / "adapter")
     note("adapter in megatron", bridge.save_megatron_model, model, out / "adapter-megatron")
     return found
+
+
+def _note_damage(
+    note: Callable[..., None], bridge: AutoBridge, model: list[Any], out: Path
+) -> None:
+    """Where a bit that is no tensor's turns in the first file that rank 0 writes."""
+    hash_files, write_files = hashing.hash_files, NewDirectory.write_files
+
+    def flip(path: Path) -> None:
+        if torch.distributed.get_rank() == 0:
+            data = bytearray(path.read_bytes())
+            data[12] ^= 1
+            path.write_bytes(data)
+
+    def hashed(directory: Path, files: Files, **how: Any) -> dict[str, FileEntry]:
+        flip(directory / next(iter(files)))
+        return hash_files(directory, files, **how)
+
+    def written(new: NewDirectory, layouts: Any, *args: Any, **how: Any) -> Files:
+        found = write_files(new, layouts, *args, **how)
+        flip(new.place / layouts[0].path)
+        return found
+
+    with (
+        patch.object(live_save, "hash_files", hashed),
+        patch.object(NewDirectory, "write_files", written),
+    ):
+        note("damaged", bridge.save_hf_pretrained, model, out)
+        note("damaged megatron", bridge.save_megatron_model, model, out)
 
 
 def _note_other_frequencies(

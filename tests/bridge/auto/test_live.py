@@ -286,12 +286,16 @@ def test_what_one_rank_cannot_do_all_ranks_refuse(
         "other frequencies": "BR104",
         "other frequencies in megatron": "BR104",
         "other frequencies to fill": "BR104",
+        "damaged": "BR305",
+        "damaged megatron": "BR305",
         "overflow": "BR303",
         "overflow saved": "BR303",
         "adapter": "BR400",
         "adapter saved": "BR400",
         "adapter in megatron": "BR400",
     }
+    assert "around their tensors" in first["damaged"]
+    assert "around their tensors" in first["damaged megatron"]
     assert "mlp.down_proj.weight: 1" in first["overflow"]
     assert "lora" in first["adapter"]
     assert "factor=" in first["other frequencies"]

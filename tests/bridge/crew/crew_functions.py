@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from bridge.convert import import_checkpoint
+from bridge.conversion import ConversionOptions
+from bridge.convert import export_checkpoint, import_checkpoint
 from bridge.crew.protocol import Crew
-from bridge.errors import ConfigError
+from bridge.errors import ConfigError, CorruptFileError
+from bridge.manifest import Files
 from bridge.progress import Silent
+from bridge.read_side import SourceWatch
 from bridge.storage import new_checkpoint
+from bridge.storage.megatron import MegatronSource
+from bridge.storage.safetensors import SafetensorsSource
 from bridge.transfer import write_files
 
 
@@ -79,7 +84,7 @@ def work_on(where: Path, *, crew: Crew) -> None:
     (where / "finished").touch()
 
 
-Writer = Callable[..., None]
+Writer = Callable[..., Files]
 
 
 def _import(hf: Path, megatron: Path, crew: Crew, write: Callable[[Writer], Writer]) -> None:
@@ -90,14 +95,46 @@ def _import(hf: Path, megatron: Path, crew: Crew, write: Callable[[Writer], Writ
         )
 
 
+def convert_slowly(source: Path, target: Path, *, options: ConversionOptions, crew: Crew) -> None:
+    """All but rank 0 take their time to open what was written."""
+    megatron, hf = MegatronSource.__init__, SafetensorsSource.__init__
+
+    def slowly(self: Any, directory: Path, **how: Any) -> None:  # noqa: ANN401
+        if crew.rank and ".partial" in str(directory):
+            time.sleep(1)
+        (megatron if isinstance(self, MegatronSource) else hf)(self, directory, **how)
+
+    convert = import_checkpoint if (source / "config.json").exists() else export_checkpoint
+    with (
+        patch.object(MegatronSource, "__init__", slowly),
+        patch.object(SafetensorsSource, "__init__", slowly),
+    ):
+        convert(source, target, options=options, crew=crew)
+
+
+def convert_a_source_that_changes(hf: Path, megatron: Path, *, crew: Crew) -> None:
+    """One rank notices at its last look, later than all others."""
+    refuse_changes = SourceWatch.refuse_changes
+
+    def late(watch: SourceWatch) -> None:
+        if crew.rank == 1:
+            time.sleep(1)
+            raise CorruptFileError("the source was changed while it was converted")
+        refuse_changes(watch)
+
+    with patch.object(SourceWatch, "refuse_changes", late):
+        import_checkpoint(hf, megatron, crew=crew)
+
+
 def import_and_die(hf: Path, megatron: Path, *, doomed: int, crew: Crew) -> None:
     """One rank is killed once it has written its files."""
 
     def dying(write: Writer) -> Writer:
-        def written(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - a wrapper
-            write(*args, **kwargs)
+        def written(*args: Any, **kwargs: Any) -> Files:  # noqa: ANN401 - a wrapper
+            found = write(*args, **kwargs)
             if crew.rank == doomed:
                 os.kill(os.getpid(), signal.SIGKILL)
+            return found
 
         return written
 
@@ -108,10 +145,11 @@ def import_and_hang(hf: Path, megatron: Path, *, pids: Path, crew: Crew) -> None
     """Every rank says its process id and waits in the middle of its files."""
 
     def hanging(write: Writer) -> Writer:
-        def written(layouts: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - a wrapper
-            write(layouts[:1], *args, **kwargs)
+        def written(layouts: Any, *args: Any, **kwargs: Any) -> Files:  # noqa: ANN401 - a wrapper
+            found = write(layouts[:1], *args, **kwargs)
             (pids / f"{os.getpid()}").touch()
             time.sleep(300)
+            return found
 
         return written
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import pytest
@@ -19,7 +19,13 @@ import pytest
 from bridge.conversion import ConversionOptions, ConversionReport
 from bridge.convert import export_checkpoint, import_checkpoint
 from bridge.crew.launch import crew_of
-from bridge.errors import BridgeError, CheckpointError, TargetExistsError, WorkerLostError
+from bridge.errors import (
+    BridgeError,
+    CheckpointError,
+    CorruptFileError,
+    TargetExistsError,
+    WorkerLostError,
+)
 from bridge.record import RECORD_NAME
 from bridge.storage.synthetic import synthesize
 from bridge.transfer import TransferLimits
@@ -203,6 +209,32 @@ def test_a_damaged_source_is_the_error_that_one_process_raises(
         found.append((type(caught.value), str(caught.value), caught.value.exit_code))
     assert found[0] == found[1]
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+@pytest.mark.parametrize("verify", ["auto", "none"])
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_the_target_appears_when_nobody_looks_at_it_any_more(
+    checkpoint: Path,
+    imported: Path,
+    tmp_path: Path,
+    direction: str,
+    verify: Literal["auto", "none"],
+) -> None:
+    """Rank 0 would move it away beneath the others."""
+    source = checkpoint if direction == "import" else imported
+    with crew_of(2) as crew:
+        crew.run(
+            functions.convert_slowly, source, tmp_path / "target",
+            options=ConversionOptions(verify=verify),
+        )  # fmt: skip
+    assert (tmp_path / "target").is_dir()
+
+
+def test_what_any_rank_finds_at_its_last_look_is_in_time(checkpoint: Path, tmp_path: Path) -> None:
+    """The target does not appear, as the error says."""
+    with pytest.raises(CorruptFileError, match="changed while"), crew_of(2) as crew:
+        crew.run(functions.convert_a_source_that_changes, checkpoint, tmp_path / "target")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_target_is_kept(checkpoint: Path, tmp_path: Path) -> None:

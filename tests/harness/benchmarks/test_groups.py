@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from types import MappingProxyType
@@ -39,8 +40,14 @@ def test_import_is_measured_warm_and_cold_beside_two_copies(
     plain, verified = by_name["import --verify none"], by_name["import --verify bits"]
     assert "verify_seconds" not in plain.values
     assert verified.values["verify_seconds"] > 0
+    copy, without, whole = (
+        statistics.median(by_name[name].samples)
+        for name in ("cp -r", "import --verify none", "import --verify bits")
+    )
+    assert verified.values["added_ratio_to_cp"] == pytest.approx((whole - without) / copy)
+    assert "added_ratio_to_cp" not in plain.values
     assert {one.name for one in plain.limits} == {"peak_rss_bytes", "ratio_to_cp"}
-    assert {one.name for one in verified.limits} == {"peak_rss_bytes", "verify_ratio_to_cp"}
+    assert {one.name for one in verified.limits} == {"peak_rss_bytes", "added_ratio_to_cp"}
     assert all(one.limits == [] for one in found if one.name.startswith("cp"))
     assert {"ratio_to_cp", "ratio_to_cp_on_disk", "convert_seconds"} <= set(plain.values)
 

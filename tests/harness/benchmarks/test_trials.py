@@ -82,6 +82,7 @@ def test_a_measurement_sums_up_the_runs() -> None:
     found = measurement(
         "import", Trial(name="import", command=[]), outcome, conditions={"cache": "warm"},
         size=6 * 10**9, references={"cp": copy, "cp_on_disk": None},
+        plain=Outcome(runs=[ran(2.5, 1)]),
         limits={"ratio_to_cp": 1.4, "median_seconds": 3.0, "load_ratio_to_cp": 0.0},
     )  # fmt: skip
     assert found.samples == [4.0, 3.0, 2.0]
@@ -90,6 +91,7 @@ def test_a_measurement_sums_up_the_runs() -> None:
         "verify_seconds": 1.0,
         "gb_per_second": 2.0,
         "ratio_to_cp": 1.5,
+        "added_ratio_to_cp": 0.25,
         "verify_ratio_to_cp": 0.5,
     }
     assert [(one.name, one.met) for one in found.limits] == [
