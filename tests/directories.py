@@ -1,4 +1,4 @@
-"""What tests compare directories by."""
+"""What tests compare directories by, and damage files with."""
 
 from __future__ import annotations
 
@@ -14,3 +14,10 @@ def files_of(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST_NAME
     }
+
+
+def flip_one_bit(path: Path, position: int) -> None:
+    """Damage a file the way a disk does."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)

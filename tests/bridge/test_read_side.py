@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from bridge.dtypes import dtype_named
-from bridge.read_side import megatron_side
+from bridge.errors import CorruptFileError
+from bridge.manifest import FileEntry
+from bridge.read_side import ReadSide, SourceWatch, megatron_side
 from bridge.storage.extents import Extent
+from bridge.storage.journal import Job, fingerprint
+from bridge.storage.remote import RemotePath, parse_location
 from bridge.storage.source import TensorInfo
 from bridge.tiling import Box
 
@@ -74,3 +78,24 @@ def test_files_that_hold_an_optimizer_are_watched_and_not_read(
     assert side.names == ["iter_0000000/a"]
     assert bool(side.files) == (not ignored)
     assert list(side.tensors) == (["one"] if ignored else [])
+
+
+def test_a_remote_source_is_asked_again_at_the_last_look(
+    store: Any,  # noqa: ANN401
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Backends remember listings: an answer of the start says nothing of the end."""
+    store.fill({"bucket/hf/config.json": b"{}"})
+    root = parse_location("store://bucket/hf")
+    asked: list[RemotePath] = []
+    monkeypatch.setattr(RemotePath, "forget_listings", lambda path: asked.append(path))  # noqa: PLW0108 - a method
+    files = {"config.json": FileEntry(nbytes=2)}
+    side = ReadSide(root=root, files=files, source=SimpleNamespace())
+    job = Job(what={}, source=fingerprint(root, side.names), sizes={})
+    watch = SourceWatch(side=side, job=job)
+    watch.refuse_changes()
+    assert asked == [root]
+    store.fill({"bucket/hf/config.json": b"{ }"})
+    with pytest.raises(CorruptFileError, match="changed while it was converted") as caught:
+        watch.refuse_changes()
+    assert caught.value.where[0].startswith("config.json:")
